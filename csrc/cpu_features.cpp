@@ -1,0 +1,33 @@
+#include "cpu_features.h"
+
+#include "tensor.h"
+
+namespace dsa_rt {
+
+const std::vector<std::pair<InstructionSet, std::string>>& instruction_sets() {
+  static const auto found = [] {
+    std::vector<std::pair<InstructionSet, std::string>> sets;
+#if defined(DSA_RT_X86)
+    __builtin_cpu_init();  // reads the operating system's part too: registers it does not save are not reported
+    const bool avx2 = __builtin_cpu_supports("avx2");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+      sets.emplace_back(InstructionSet::avx512, "avx512");
+    if (avx2) sets.emplace_back(InstructionSet::avx2, "avx2");
+#endif
+    sets.emplace_back(InstructionSet::generic, "generic");
+    return sets;
+  }();
+  return found;
+}
+
+InstructionSet choose_instruction_set(const std::string& name) {
+  if (name.empty()) return instruction_sets().front().first;
+  std::string known;
+  for (const auto& [set, set_name] : instruction_sets()) {
+    if (set_name == name) return set;
+    known += (known.empty() ? "" : ", ") + set_name;
+  }
+  throw OptionError("instruction set '" + name + "' does not run here, expected one of " + known);
+}
+
+}  // namespace dsa_rt

@@ -1,0 +1,35 @@
+// dsa_rt._native: checks, dispatch and launch for the ops; a line per op family. Its functions take torch tensors by
+// their Python attributes, so that one build serves every torch version. Call it through dsa_rt.ops.
+#include <pybind11/pybind11.h>
+
+#include "cpu_features.h"
+#include "ops/ops.h"
+#include "parallel.h"
+#include "tensor.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+  py::list sets;
+  for (const auto& entry : dsa_rt::instruction_sets()) sets.append(entry.second);
+  py::dict info;
+  info["compiler"] = DSA_RT_COMPILER;
+  info["instruction_sets"] = sets;
+  info["threads"] = dsa_rt::parallel_backend();
+  info["cuda"] = DSA_RT_CUDA_ARCHITECTURES;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Native kernels of dsa_rt; use them through dsa_rt.ops.";
+  py::module_::import("torch");  // first, or a second OpenMP runtime could enter the process
+  dsa_rt::register_errors();
+  m.def("build_info", build_info,
+        "compiler; instruction_sets that run here, best first; threads: 'openmp' (PyTorch's own team) or 'threads'; "
+        "cuda: architectures compiled for, '' without CUDA.");
+  dsa_rt::bind_step(m);
+}

@@ -1,0 +1,10 @@
+// One binding function per op family.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace dsa_rt {
+
+void bind_step(pybind11::module_& m);
+
+}  // namespace dsa_rt

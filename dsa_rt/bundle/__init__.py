@@ -1,0 +1,37 @@
+"""The bundle: an exported generator and what belongs to it, as a folder of JSON and safetensors.
+
+::
+
+    manifest.json                     what it is (Manifest), and size and SHA-256 of every other file
+    generator.safetensors             large ones: generator-00001-of-0000N.safetensors and an index
+    confidence_head.safetensors       only with a head
+    codec/model.safetensors
+    text_encoder/model.safetensors
+
+Nothing else is read, nothing is executed, and no path leaves the folder. `open_bundle` checks all of it
+without loading a tensor, `Bundle.expect` compares the headers with a model's shapes, `Bundle.load` maps and
+copies.
+"""
+
+from dsa_rt.bundle.describe import describe, describe_text
+from dsa_rt.bundle.manifest import FileEntry, Latent, Manifest, Part, Schedule, Size
+from dsa_rt.bundle.reader import COMPONENTS, Bundle, open_bundle
+from dsa_rt.bundle.tensors import TensorEntry
+from dsa_rt.bundle.writer import write_bundle, write_manifest
+
+__all__ = [
+    "COMPONENTS",
+    "Bundle",
+    "FileEntry",
+    "Latent",
+    "Manifest",
+    "Part",
+    "Schedule",
+    "Size",
+    "TensorEntry",
+    "describe",
+    "describe_text",
+    "open_bundle",
+    "write_bundle",
+    "write_manifest",
+]

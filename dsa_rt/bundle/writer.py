@@ -1,0 +1,156 @@
+"""Writing a bundle: everything into a hidden sibling folder, checked by the reader, then renamed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from dsa_rt.bundle.manifest import MANIFEST, FileEntry, Manifest
+from dsa_rt.bundle.reader import COMPONENTS, Bundle, read_bundle
+from dsa_rt.bundle.strict import short
+from dsa_rt.bundle.tensors import check_writable, write_tensors
+from dsa_rt.errors import BundleError, OptionError, OutputError
+from dsa_rt.output import whole_file
+
+
+def write_bundle(
+    path: str | os.PathLike[str],
+    manifest: Manifest,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    overwrite: bool = False,
+    shard_bytes: int = 4 << 30,
+    progress: Callable[[int, int], None] | None = None,
+) -> Bundle:
+    """Writes the folder `path` and opens it. Nothing gets that name unless all of it is written and sound.
+
+    manifest: its `files` are replaced by what is written.
+    tensors: by component ("generator", "confidence_head", "codec", "text_encoder") and name; any device and
+        stride, written in the dtype they have.
+    overwrite: replace an existing bundle (and nothing but a bundle).
+    shard_bytes: a component with more tensor bytes is split into files of at most this size (or one tensor).
+    progress: called with (bytes written, bytes in all).
+    Raises BundleError for contents that no reader would accept, OutputError when the folder cannot be
+    written; what was there before is then intact.
+    """
+    if shard_bytes < 1:
+        raise OptionError(f"shard_bytes is {shard_bytes}; expected a size of at least 1 byte")
+    for component, members in tensors.items():
+        if component not in COMPONENTS:
+            raise BundleError(f"unknown component {short(component)}; a bundle has {', '.join(COMPONENTS)}")
+        for name, tensor in members.items():
+            check_writable(name, tensor, component)
+    target = Path(os.path.realpath(path))
+    _check_target(target, overwrite)
+    total = sum(tensor.nbytes for members in tensors.values() for tensor in members.values())
+    written = 0
+
+    def advance(count: int) -> None:
+        nonlocal written
+        written += count
+        if progress is not None:
+            progress(written, total)
+
+    try:
+        # Leaving the block, in whichever way, removes the temporary folder with what is still in it.
+        with tempfile.TemporaryDirectory(
+            dir=target.parent, prefix=".dsa_rt-", ignore_cleanup_errors=True
+        ) as folder:
+            new, old = Path(folder, "new"), Path(folder, "old")
+            new.mkdir()
+            files: list[FileEntry] = []
+            for component, members in tensors.items():
+                if members:
+                    files += _write_component(new, COMPONENTS[component], members, shard_bytes, advance)
+            (new / MANIFEST).write_bytes(dataclasses.replace(manifest, files=tuple(files)).to_json())
+            bundle = read_bundle(new, verify_hashes=False)
+            _swap(new, target, old)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write the bundle '{target}': {error.strerror or error}; "
+            "check the free space and the permissions of its folder, or choose another place"
+        ) from error
+    return dataclasses.replace(bundle, path=target, hashes_verified=True)
+
+
+def write_manifest(bundle: Bundle, manifest: Manifest) -> Bundle:
+    """Replaces the manifest of a bundle on disk, in one step, and keeps its tensors: for a calibration, say.
+
+    The manifest's `files` stay those of the bundle. Raises BundleError or OutputError, the old manifest being
+    intact then.
+    """
+    manifest = Manifest.from_json(dataclasses.replace(manifest, files=bundle.manifest.files).to_json())
+    changed = dataclasses.replace(bundle, manifest=manifest)
+    with whole_file(bundle.path / MANIFEST) as temporary:
+        temporary.write_bytes(manifest.to_json())
+    return changed
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.parent.is_dir():
+        raise OutputError(
+            f"cannot write the bundle '{target}': there is no folder '{target.parent}'; create it first"
+        )
+    if not target.exists():
+        return
+    if not overwrite:
+        raise OutputError(
+            f"'{target}' exists: choose another name, or allow overwriting to replace that bundle"
+        )
+    if not (target / MANIFEST).is_file():
+        raise OutputError(f"'{target}' is not a bundle and will not be overwritten: choose another name")
+    strangers = (
+        file
+        for file in target.rglob("*")
+        if not file.is_dir() and file.suffix not in (".json", ".safetensors")
+    )
+    if (stranger := next(strangers, None)) is not None:
+        raise OutputError(
+            f"'{target}' also holds '{stranger.relative_to(target)}', which would be lost: "
+            "move it away, or choose another name"
+        )
+
+
+def _write_component(
+    folder: Path, base: str, tensors: Mapping[str, Tensor], shard_bytes: int, advance: Callable[[int], None]
+) -> list[FileEntry]:
+    shards: list[dict[str, Tensor]] = [{}]
+    room = shard_bytes
+    for name in sorted(tensors):
+        if shards[-1] and tensors[name].nbytes > room:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = tensors[name]
+        room -= tensors[name].nbytes
+    (folder / base).parent.mkdir(exist_ok=True)
+    if len(shards) == 1:
+        file = f"{base}.safetensors"
+        return [FileEntry(file, *write_tensors(folder / file, shards[0], advance))]
+    files = []
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"{base}-{number:05d}-of-{len(shards):05d}.safetensors"
+        files.append(FileEntry(file, *write_tensors(folder / file, shard, advance)))
+        weight_map |= {name: Path(file).name for name in shard}
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1).encode()
+    index = f"{base}.safetensors.index.json"
+    (folder / index).write_bytes(text)
+    return [*files, FileEntry(index, hashlib.sha256(text).hexdigest(), len(text))]
+
+
+def _swap(new: Path, target: Path, old: Path) -> None:
+    try:
+        if target.exists():
+            os.rename(target, old)
+        os.rename(new, target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        raise

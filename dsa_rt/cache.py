@@ -1,0 +1,102 @@
+"""The synchronized K/V cache: a bounded ring of latent frames with a sink, and the per-prompt text K/V.
+
+Every pass writes its tokens' K (after qk-norm and RoPE at absolute positions) and V into their own rows before it
+attends. Latent frame f lives in one place: frames below ``sink`` stay for good, later ones take turns in the other
+``window - sink`` places. So a chunk that does not fit evicts the oldest frames after the sink, frame by frame, nothing
+is shifted or copied, later passes of a chunk reuse its rows, and the attended rows are always a prefix of the buffer
+(attention has no order among keys: their positions are in their rotation).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsa_rt.errors import OptionError
+from dsa_rt.plan import ActiveSet
+
+
+def cache_bytes(
+    layers: int, batch: int, window: int, tokens_per_frame: int, dim: int, dtype: torch.dtype
+) -> int:
+    """Bytes of K and V for a window of latent frames."""
+    return 2 * layers * batch * window * tokens_per_frame * dim * dtype.itemsize
+
+
+class KVCache:
+    """Self-attention K/V of the last ``window`` latent frames, ``sink`` of them the clip's first.
+
+    k, v: [layers, B, window * tokens_per_frame, H, D]. ``window`` counts the sink and the chunk being denoised.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        batch: int,
+        window: int,
+        sink: int,
+        tokens_per_frame: int,
+        heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not 0 <= sink < window:
+            raise OptionError(f"sink is {sink} latent frames; expected 0 <= sink < window ({window})")
+        self.window, self.sink, self.tokens_per_frame = window, sink, tokens_per_frame
+        shape = (layers, batch, window * tokens_per_frame, heads, head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+
+    def place(self, frame: int) -> int:
+        """Which of the ``window`` places latent frame ``frame`` takes."""
+        if frame < self.sink:
+            return frame
+        return self.sink + (frame - self.sink) % (self.window - self.sink)
+
+    def slots(self, frames: range) -> Tensor:
+        """Cache rows [len(frames) * tokens_per_frame] int64 of consecutive frames."""
+        if len({self.place(f) for f in frames}) < len(frames):
+            raise OptionError(
+                f"a chunk of {len(frames)} latent frames does not fit a window of {self.window} with a sink of "
+                f"{self.sink}; make the window at least {self.sink + len(frames)}"
+            )
+        inside = torch.arange(self.tokens_per_frame)
+        return torch.cat([self.place(f) * self.tokens_per_frame + inside for f in frames])
+
+    def valid(self, frames_seen: int) -> int:
+        """Rows [0, valid) hold K/V once ``frames_seen`` frames have been written."""
+        return min(frames_seen, self.window) * self.tokens_per_frame
+
+    def update(self, layer: int, k: Tensor, v: Tensor, active: ActiveSet) -> tuple[Tensor, Tensor]:
+        """Write k, v [B, A, H, D] into the rows of the active set; returns the attended K and V [B, valid, H, D].
+
+        Where a gradient is wanted the buffer stays as it is and the fresh rows replace theirs in a copy: earlier
+        chunks are constants of the graph, as in Self-Forcing training.
+        """
+        assert active.slots is not None
+        if k.requires_grad:
+            held_k, held_v = self.k[layer, :, : active.valid], self.v[layer, :, : active.valid]
+            return (
+                held_k.to(k.dtype).index_copy(1, active.slots, k),
+                held_v.to(v.dtype).index_copy(1, active.slots, v),
+            )
+        if active.slot_range is not None:
+            start, stop = active.slot_range
+            self.k[layer, :, start:stop] = k
+            self.v[layer, :, start:stop] = v
+        else:
+            self.k[layer].index_copy_(1, active.slots, k.to(self.k.dtype))
+            self.v[layer].index_copy_(1, active.slots, v.to(self.v.dtype))
+        return self.k[layer, :, : active.valid], self.v[layer, :, : active.valid]
+
+
+class TextKV:
+    """Cross-attention K/V of one prompt batch: a pair [B, L, H, D] for each layer, made once per prompt.
+
+    All L text rows are attended, padding included, as in Wan.
+    """
+
+    def __init__(self, layers: list[tuple[Tensor, Tensor]]) -> None:
+        self.layers = layers

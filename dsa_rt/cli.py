@@ -1,0 +1,247 @@
+"""The command line: `dsa-rt generate | inspect | prompts | doctor | train`.
+
+Results go to stdout, progress and errors to stderr. With --json, stdout gets exactly one JSON object. An
+error is one line, `dsa-rt: error: …`; nothing is left half-written. torch is imported inside the commands
+only, so that --help and a mistyped option answer at once.
+
+Exit codes: 0 done, 1 unexpected error, 2 bad usage or input, 3 bad bundle, 4 output that cannot be written, 5
+not enough memory, 130 Ctrl-C, 143 terminated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+import dsa_rt
+from dsa_rt import commands
+from dsa_rt.errors import BundleError, Cancelled, DsaRtError, MemoryLimitError, OptionError, OutputError
+
+EXIT_CODES = """exit codes:
+  0  done
+  1  unexpected error (--traceback shows where)
+  2  bad usage, option, size, policy or prompt
+  3  bundle that is missing, damaged or of an unknown version
+  4  output that cannot be written
+  5  not enough memory
+  130  interrupted with Ctrl-C        143  terminated
+"""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the program to stop."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; arguments default to those of the process."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    show_traceback = "--traceback" in given
+    signals: list[int] = []
+    try:
+        with _interruptible(signals):
+            code = _run(given)
+            sys.stdout.flush()  # a full disk or closed pipe behind stdout is an error too
+            return code
+    except SystemExit as stop:  # argparse: --help and usage errors
+        return int(stop.code or 0)
+    except BaseException as error:
+        if show_traceback:
+            import traceback
+
+            traceback.print_exc()
+        code, message = _explain(error, signals)
+        with contextlib.suppress(OSError):
+            print(f"dsa-rt: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            return code
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), 1
+        )  # else the interpreter fails once more when it flushes at exit
+        return code
+
+
+def _run(given: list[str]) -> int:
+    if given[:1] == ["train"]:  # has its own options
+        from dsa_rt.train.__main__ import main as train
+
+        return train(given[1:]) or 0
+    options = _parser().parse_args(given)
+    if not options.json:
+        options.run(options)
+        return 0
+    with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints, stdout stays one object
+        record = options.run(options)
+    print(json.dumps(record, allow_nan=False, ensure_ascii=False))
+    return 0
+
+
+# Parsing ----------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line per mistake, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        line = " ".join(message.split())
+        print(f"dsa-rt: error: {line} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "Video diffusion with adaptive compute: the same weights, as many passes as each chunk needs."
+    parser = _Parser(
+        prog="dsa-rt",
+        description=about,
+        epilog=EXIT_CODES,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"dsa-rt {dsa_rt.__version__}",
+        help="print the version and exit",
+    )
+    known = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def command(name: str, run: Callable[[argparse.Namespace], Any], about: str) -> argparse.ArgumentParser:
+        made = known.add_parser(
+            name,
+            help=about,
+            description=about,
+            epilog=EXIT_CODES,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(run=run)
+        made.add_argument(
+            "--json", action="store_true", help="print one JSON object on stdout and nothing else there"
+        )
+        made.add_argument("--traceback", action="store_true", help="with an error, show where it came from")
+        return made
+
+    make = command("generate", commands.generate, "make a video from a prompt")
+    make.add_argument(
+        "prompt", help='for example "a red square bouncing, a blue circle at rest"; see dsa-rt prompts'
+    )
+    files = make.add_argument_group("files")
+    files.add_argument(
+        "--out",
+        metavar="PATH",
+        help="the video: .mp4, .gif, .npy, .npz; PNG frames: a folder or a pattern such as frame-%%04d.png",
+    )
+    files.add_argument(
+        "--scale", type=int, default=1, metavar="N", help="enlarge MP4, GIF and PNG N times, pixel by pixel"
+    )
+    files.add_argument("--stats", metavar="PATH.json", help="write what was spent as JSON")
+    files.add_argument(
+        "--chart", metavar="PATH.png", help="draw passes and confidence per chunk (.png, .svg, .pdf)"
+    )
+    what = make.add_argument_group("what to make")
+    what.add_argument(
+        "--bundle", default="demo", help="demo, demo-many-step or a folder (default: %(default)s)"
+    )
+    what.add_argument(
+        "--policy",
+        help="dsa, dsa-paper, dsa:calls=24, dsa:fps=16, dense, fixed-2, fixed-4-then-1, … "
+        "(default: dsa where the bundle has a confidence head, else dense)",
+    )
+    what.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    for name, meaning in (
+        ("frames", "frames of the video"),
+        ("height", "in pixels"),
+        ("width", "in pixels"),
+        ("window", "latent frames attention looks back on, sink included"),
+        ("sink", "first latent frames that stay in the window"),
+        ("steps", "passes of a many-step bundle"),
+    ):
+        what.add_argument(f"--{name}", type=int, metavar="N", help=f"{meaning} (default: the bundle's)")
+    what.add_argument(
+        "--guidance-scale", type=float, metavar="X", help="for many-step bundles (default: the bundle's)"
+    )
+    how = make.add_argument_group("how")
+    how.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
+    how.add_argument(
+        "--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="default: %(default)s"
+    )
+    how.add_argument(
+        "--memory-limit", metavar="SIZE", help="refuse to take more than this, for example 2GB or 512MiB"
+    )
+    how.add_argument("--quiet", action="store_true", help="no progress bar, no table")
+
+    look = command("inspect", commands.inspect, "show what is in a bundle, and check it")
+    look.add_argument("bundle", help="demo, demo-many-step or a folder")
+    command("prompts", commands.prompts, "show what the demo understands, with examples")
+    command(
+        "doctor", commands.doctor, "show what was found on this machine, which backend runs what, and why"
+    )
+    known.add_parser(
+        "train", add_help=False, help="train the demo again; dsa-rt train --help has the options"
+    )
+    return parser
+
+
+# Errors and signals -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _interruptible(received: list[int]) -> Iterator[None]:
+    """Turns SIGINT and SIGTERM into Interrupted, and notes them in `received` as libraries may disguise it.
+
+    A Ctrl-C repeated within a second is ignored: the first is obeyed, temporary files are being removed.
+    """
+    last = -1.0
+
+    def stop(number: int, _: object) -> None:
+        nonlocal last
+        received.append(number)
+        if time.monotonic() - last > 1:
+            last = time.monotonic()
+            raise Interrupted
+
+    try:
+        heard = [
+            number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN
+        ]
+        before = {number: signal.signal(number, stop) for number in heard}
+    except ValueError:  # not the main thread: signals are the embedder's
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _explain(error: BaseException, signals: Sequence[int]) -> tuple[int, str]:
+    """Exit code and the one line for an error."""
+    text = " ".join(str(error).split())
+    if signal.SIGTERM in signals:
+        return 143, "terminated; nothing was left half-written"
+    if signals or isinstance(error, (KeyboardInterrupt, Cancelled)):
+        return 130, "interrupted; nothing was left half-written"
+    if isinstance(error, MemoryLimitError):
+        return 5, f"error: {text}"
+    for kind, code in ((OutputError, 4), (BundleError, 3), (OptionError, 2), (DsaRtError, 1)):
+        if isinstance(error, kind):
+            return code, f"error: {text}"
+    said = isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+    if isinstance(error, MemoryError) or said:  # torch says it with a RuntimeError
+        remedy = "lower --frames, --height, --width or --window"
+        return 5, f"error: out of memory ({text[:200] or 'no details'}); {remedy}"
+    if isinstance(error, OSError):
+        return 4 if error.filename is None else 1, f"error: {text}"
+    return 1, f"error: unexpected {type(error).__name__}: {text} (--traceback shows where)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

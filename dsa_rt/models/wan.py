@@ -1,0 +1,211 @@
+"""Wan's video transformer in token space, causal and bidirectional.
+
+The model gets rows, the active set (their RoPE, modulation rows and cache rows), timesteps and caches. It knows nothing
+of policies, chunks or guidance. Parameter names are those of the original Wan code, except that ``patch_embedding`` is
+the equivalent linear layer over rows ``(ph, pw, channel)``. Architecture: Wan 2.1 (arXiv 2503.20314); per-frame
+timesteps as in Self-Forcing (arXiv 2506.08009).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsa_rt.cache import KVCache, TextKV
+from dsa_rt.errors import OptionError
+from dsa_rt.ops import layers as ops
+from dsa_rt.plan import ActiveSet
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Sizes of one generator. ``form`` says how it was trained: "causal" (per-frame) or "bidirectional"."""
+
+    dim: int
+    ffn_dim: int
+    heads: int
+    layers: int
+    in_channels: int
+    out_channels: int
+    text_dim: int
+    text_length: int
+    patch: tuple[int, int, int] = (1, 2, 2)
+    freq_dim: int = 256
+    eps: float = 1e-6
+    form: str = "bidirectional"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patch", tuple(self.patch))
+        for name in ("dim", "ffn_dim", "heads", "layers", "in_channels", "out_channels", "text_dim", "text_length"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise OptionError(f"generator {name} is {getattr(self, name)!r}; expected a positive integer")
+        if self.dim % self.heads or self.head_dim % 2:
+            raise OptionError(f"generator dim {self.dim} does not split into {self.heads} heads of even size")
+        if self.freq_dim % 2:
+            raise OptionError(f"generator freq_dim is {self.freq_dim}; expected an even number")
+        if len(self.patch) != 3 or self.patch[0] != 1:
+            raise OptionError(f"generator patch is {self.patch}; expected (1, rows, columns)")
+        if self.form not in ("causal", "bidirectional"):
+            raise OptionError(f'generator form is {self.form!r}; expected "causal" or "bidirectional"')
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of an input row."""
+        return math.prod(self.patch) * self.in_channels
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"patch": list(self.patch)}
+
+
+class Output(NamedTuple):
+    """velocity [B, A, ph * pw * out_channels]; taps: hidden states [B, A, dim] after the blocks asked for."""
+
+    velocity: Tensor
+    taps: list[Tensor]
+
+
+class RMSNorm(nn.Module):
+    """Weight of an RMSNorm over all channels; the arithmetic is in :mod:`dsa_rt.ops`."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+
+class Attention(nn.Module):
+    """Projections of Wan's self- or cross-attention, RMSNorm on q and k over the full width."""
+
+    def __init__(self, dim: int, heads: int, eps: float) -> None:
+        super().__init__()
+        self.heads, self.eps = heads, eps
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
+
+    def attend_cache(self, x: Tensor, active: ActiveSet, layer: int, cache: KVCache | None) -> Tensor:
+        """Self-attention of the active rows to the cache (or to each other when there is none)."""
+        q, k = ops.qk_norm_rope(
+            self.q(x), self.k(x), self.norm_q.weight, self.norm_k.weight, active.cos, active.sin, self.heads, self.eps
+        )
+        v = self.v(x).unflatten(-1, (self.heads, -1))
+        if cache is not None:
+            k, v = cache.update(layer, k, v, active)
+        return self.o(ops.active_attention(q, k, v).flatten(-2))
+
+    def text_kv(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V [B, L, H, D] of embedded text rows [B, L, dim]."""
+        k = ops.rms_norm(self.k(text), self.norm_k.weight, self.eps)
+        return k.unflatten(-1, (self.heads, -1)), self.v(text).unflatten(-1, (self.heads, -1))
+
+    def attend_text(self, x: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
+        q = ops.rms_norm(self.q(x), self.norm_q.weight, self.eps).unflatten(-1, (self.heads, -1))
+        return self.o(ops.active_attention(q, *kv).flatten(-2))
+
+
+class Block(nn.Module):
+    """One transformer block: self-attention, cross-attention, feed-forward, modulated by six vectors."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config.dim, config.heads, config.eps)
+        self.cross_attn = Attention(config.dim, config.heads, config.eps)
+        self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, config.dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+
+
+class Head(nn.Module):
+    """Final modulated norm and projection to velocity rows."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.head = nn.Linear(config.dim, math.prod(config.patch) * config.out_channels)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+
+class WanModel(nn.Module):
+    """The generator: rows of noisy latents in, velocity rows out."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Linear(config.patch_dim, dim)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.head = Head(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
+
+    def embed_text(self, text: Tensor) -> TextKV:
+        """Text encoder rows [B, text_length, text_dim] -> the cross-attention K/V of every layer."""
+        embedded = self.text_embedding(text.to(self.dtype))
+        return TextKV([block.cross_attn.text_kv(embedded) for block in self.blocks])
+
+    def embed_timesteps(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Timesteps [B, R] (1000 sigma) -> head modulation [B, R, dim] and block modulation [B, R, 6, dim], fp32."""
+        half = self.config.freq_dim // 2
+        frequency = torch.exp(-math.log(10000) * torch.arange(half, device=timesteps.device) / half)
+        angle = timesteps.float()[..., None] * frequency
+        embedding = self.time_embedding(torch.cat((angle.cos(), angle.sin()), -1).to(self.dtype))
+        return embedding.float(), self.time_projection(embedding).float().unflatten(-1, (6, -1))
+
+    def forward(
+        self,
+        rows: Tensor,
+        active: ActiveSet,
+        timesteps: Tensor,
+        text: TextKV,
+        cache: KVCache | None = None,
+        taps: Sequence[int] = (),
+    ) -> Output:
+        """Velocity of the active rows.
+
+        rows [B, A, patch_dim]; timesteps [B, R] fp32, indexed by ``active.modulation_rows``; text from
+        :meth:`embed_text`; cache None makes the active rows attend to each other; taps: block indices whose output
+        is returned for the confidence head.
+        """
+        eps, index, tapped = self.config.eps, active.modulation_rows, []
+        head_modulation, block_modulation = self.embed_timesteps(timesteps)
+        x = self.patch_embedding(rows.to(self.dtype))
+        y = gate = None
+        for layer, block in enumerate(self.blocks):
+            m = (block_modulation + block.modulation.float()).unbind(2)
+            if y is None:
+                h = ops.norm_modulate(x, m[0], m[1], index, eps)
+            else:
+                x, h = ops.residual_norm_modulate(x, y, gate, m[0], m[1], index, eps)
+            if layer - 1 in taps:
+                tapped.append(x)
+            y = block.self_attn.attend_cache(h, active, layer, cache)
+            x = ops.residual(x, y, m[2], index)
+            y = block.cross_attn.attend_text(_affine_norm(x, block.norm3), text.layers[layer])
+            x, h = ops.residual_norm_modulate(x, y, None, m[3], m[4], index, eps)
+            y, gate = block.ffn(h), m[5]
+        shift, scale = (head_modulation[:, :, None] + self.head.modulation.float()).unbind(2)
+        x, h = ops.residual_norm_modulate(x, y, gate, shift, scale, index, eps)
+        if self.config.layers - 1 in taps:
+            tapped.append(x)
+        return Output(self.head.head(h), tapped)
+
+
+def _affine_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    weight, bias = norm.weight.float(), norm.bias.float()
+    return F.layer_norm(x.float(), (x.shape[-1],), weight, bias, norm.eps).to(x.dtype)

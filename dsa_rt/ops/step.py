@@ -1,0 +1,128 @@
+"""The step family: noise from counters, renoising, the cached Euler step and the exit decision.
+
+Rows are [B, A, P]: batch, active tokens, elements of a token; the last dimension contiguous, other strides free.
+Outputs are arguments and must not share memory with other arguments unless stated. Every function raises
+:class:`dsa_rt.errors.ShapeError` for a wrong shape, dtype, device, stride or overlap, before anything is written, and
+:class:`dsa_rt.errors.OptionError` for a ``backend`` that cannot serve the call. Results have the same bits on every
+backend and for every number of threads (the score of :func:`cached_step` within rounding). None is differentiable:
+training uses :mod:`dsa_rt.reference`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsa_rt import reference
+from dsa_rt.errors import OptionError
+from dsa_rt.ops.backend import choose, native, register
+
+register("philox_normal(Tensor(a!) out, Tensor seeds, Tensor tokens, int draw) -> ()")
+register(
+    "renoise(Tensor(a!) out, Tensor(b!)? x0, Tensor x, Tensor velocity, Tensor seeds, Tensor tokens, "
+    "float sigma, float sigma_next, int draw) -> ()"
+)
+register(
+    "cached_step(Tensor(a!) x, Tensor(b!) velocity_cache, Tensor(c!)? score, Tensor rows, Tensor fresh, "
+    "float delta_sigma) -> ()"
+)
+register("exit_decision(Tensor(a!) refine, Tensor(b!) confidence, Tensor logit, Tensor threshold) -> ()")
+
+
+def philox_normal(out: Tensor, seeds: Tensor, tokens: Tensor, draw: int, *, backend: str | None = None) -> None:
+    """Fills ``out`` with standard normals that depend on (seed, token, draw, element) alone.
+
+    out [B, A, P] fp32 or bf16; seeds [B] int64; tokens [A] int64, positions in the whole clip; draw 0 to 2^32 - 1
+    (0 is the initial noise). bf16 is the fp32 value rounded once.
+    """
+    if _ran_native("philox_normal", backend, out, (out, seeds, tokens), draw):
+        return
+    out.copy_(reference.philox_normal(seeds, tokens, out.shape[-1], draw))
+
+
+def renoise(
+    out: Tensor,
+    x: Tensor,
+    velocity: Tensor,
+    sigma: float,
+    sigma_next: float,
+    seeds: Tensor,
+    tokens: Tensor,
+    draw: int,
+    x0: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> None:
+    """The clean prediction x0 = x - sigma·velocity, taken to the next noise level.
+
+    ``out = (1 - sigma_next)·x0 + sigma_next·noise`` from the unrounded x0, with the noise of
+    :func:`philox_normal`; with sigma_next = 0 nothing is drawn and out = x0. ``x0`` receives the clean prediction.
+    out, x, x0 [B, A, P] of one dtype, velocity [B, A, P]: fp32 or bf16; seeds [B], tokens [A] int64.
+    ``out`` may be ``x`` or ``velocity`` itself.
+    """
+    if _ran_native("renoise", backend, x, (out, x0, x, velocity, seeds, tokens), sigma, sigma_next, draw):
+        return
+    noisy, clean = reference.renoise(x, velocity, sigma, sigma_next, seeds, tokens, draw)
+    out.copy_(noisy)
+    if x0 is not None:
+        x0.copy_(clean)
+
+
+def cached_step(
+    x: Tensor,
+    velocity_cache: Tensor,
+    rows: Tensor,
+    fresh: Tensor,
+    delta_sigma: float,
+    score: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Cached Euler, in place: ``velocity_cache[:, rows] = fresh``, then ``x += delta_sigma·velocity_cache``.
+
+    x [B, N, P] fp32 or bf16; velocity_cache [B, N, P] and fresh [B, A, P], fp32 or bf16 alike; rows [A] int64,
+    distinct, may be empty. A row outside [0, N) or given twice is an error and nothing is written (on CUDA, where
+    reading them would stall the queue, a row out of range stops the kernel and duplicates are the caller's to avoid).
+    ``score`` [B, A] fp32 receives the relative change of each fresh row, ‖fresh - cached‖₁ / ‖fresh‖₁.
+    """
+    if _ran_native("cached_step", backend, x, (x, velocity_cache, score, rows, fresh), delta_sigma):
+        return
+    new_x, new_cache, change = reference.cached_step(x, velocity_cache, rows, fresh, delta_sigma)
+    x.copy_(new_x)
+    velocity_cache.copy_(new_cache)
+    if score is not None:
+        score.copy_(change)
+
+
+def exit_decision(
+    refine: Tensor, confidence: Tensor, logit: Tensor, threshold: Tensor, *, backend: str | None = None
+) -> None:
+    """DSA's decision (Algorithm 1): confidence = sigmoid(logit); refine = confidence < threshold.
+
+    refine [B] bool or uint8; confidence [B] fp32; logit [B] fp32 or bf16; threshold [B] fp32.
+    """
+    if _ran_native("exit_decision", backend, logit, (refine, confidence, logit, threshold)):
+        return
+    decision, value = reference.exit_decision(logit, threshold)
+    refine.copy_(decision)
+    confidence.copy_(value)
+
+
+def _ran_native(
+    op: str, backend: str | None, decides: Tensor, tensors: tuple[Tensor | None, ...], *scalars: float
+) -> bool:
+    """Runs the call in the native module where that is the choice; else checks it, for the caller to run.
+
+    The choice goes by device and dtype of ``decides``; tensors and scalars are in the order of the schema.
+    """
+    # What is no tensor, or on another device, goes to the check, which says so: the dispatcher would complain in its
+    # own words, or take a kernel by one tensor of many.
+    uniform = all(t is None or (isinstance(t, Tensor) and t.device == decides.device) for t in tensors)
+    if uniform and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise OptionError(f"{op} is not differentiable; call it under torch.no_grad(), or use dsa_rt.reference.{op}")
+    if uniform and choose(op, decides.device.type, decides.dtype, backend) == "native":
+        getattr(torch.ops.dsa_rt, op)(*tensors, *scalars)
+        return True
+    if not torch.compiler.is_compiling():
+        getattr(native, f"check_{op}")(*tensors, *scalars)
+    return False

@@ -1,0 +1,92 @@
+"""Names of policies: what the command line, ``compile(policy=...)`` and statistics call them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from dsa_rt.errors import PolicyError
+from dsa_rt.policy.base import Policy
+from dsa_rt.policy.dsa import DSA
+from dsa_rt.policy.fixed import Fixed
+
+_DSA = {
+    "dsa": DSA(),
+    "dsa-paper": DSA("paper"),
+    "dsa-paper-retest": DSA("paper", retest=True),
+    "dsa-calibrated": DSA("calibrated"),
+    "dsa-calibrated-retest": DSA("calibrated", retest=True),
+}
+NAMES = ("dense", "fixed-N", "fixed-N-then-M", *_DSA)
+OPTIONS = ("passes=", "calls=", "fps=", "retest", "retest=no", "first=free")
+_FIXED = re.compile(r"fixed-([0-9]{1,6})(?:-then-([0-9]{1,6}|all))?|fixed-all-then-([0-9]{1,6})")
+_FLAG = {"": True, "yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
+
+
+def parse_policy(policy: str | Policy) -> Policy:
+    """A policy object as it is, or the one a name stands for, in any case.
+
+    Names: dense, fixed-2, fixed-4-then-1 (first chunk, then the others), dsa (calibrated where the bundle can, else
+    paper), dsa-paper, dsa-paper-retest, dsa-calibrated, dsa-calibrated-retest. The last ones, and dsa, take options after a colon,
+    separated by commas: one target (passes=2.5 per chunk, calls=24 per clip, fps=16), retest or retest=no, first=free.
+    :class:`PolicyError` for anything else, with the nearest name.
+    """
+    if isinstance(policy, Policy):
+        return policy
+    if not isinstance(policy, str):
+        raise PolicyError(f"policy is {policy!r}; expected a name ({', '.join(NAMES)}) or a policy object")
+    base, colon, rest = policy.strip().lower().partition(":")
+    base = base.strip()
+    found: Policy | None = _DSA.get(base)
+    if base == "dense":
+        found = Fixed()
+    elif match := _FIXED.fullmatch(base):
+        first, later, only_later = match.groups()
+        if only_later is not None:
+            raise PolicyError(f"policy {policy!r}: the first chunk cannot get more than a number says; write fixed-N-then-{only_later}")
+        later_passes = int(first) if later is None else None if later == "all" else int(later)
+        found = Fixed(later_passes, None if later is None else int(first))
+    if found is None:
+        raise PolicyError(f"unknown policy {policy!r}{_nearest(base, NAMES)}; there are {', '.join(NAMES)}")
+    if not colon:
+        return found
+    if not isinstance(found, DSA):
+        raise PolicyError(f"policy {policy!r}: {base} takes no options")
+    return _with_options(found, base, rest, policy)
+
+
+def _with_options(found: DSA, base: str, rest: str, policy: str) -> DSA:
+    settings: dict[str, object] = {}
+    targets = {"passes": "passes_per_chunk", "calls": "model_calls", "fps": "fps"}
+    for part in rest.split(","):
+        key, equals, text = (piece.strip() for piece in part.partition("="))
+        if key in targets and equals:
+            field, value = targets[key], _number(key, text, policy)
+        elif key == "retest" and (text if equals else "") in _FLAG:
+            field, value = "retest", _FLAG[text]
+        elif key == "first" and text in ("free", "all"):
+            field, value = "refine_first", text == "all"
+        else:
+            raise PolicyError(
+                f"policy {policy!r}: option {part.strip()!r} is not known{_nearest(key, [o.rstrip('=') for o in OPTIONS])}; "
+                f"{base} takes {', '.join(OPTIONS)}"
+            )
+        if field in settings:
+            raise PolicyError(f"policy {policy!r}: {key} is stated twice")
+        settings[field] = value
+    if found.retest and "retest" in settings:
+        raise PolicyError(f"policy {policy!r}: retest is stated twice")
+    fields = {"rule": found.rule, "retest": found.retest} | settings
+    return DSA(**fields)  # type: ignore[arg-type]
+
+
+def _number(key: str, text: str, policy: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise PolicyError(f"policy {policy!r}: {key} is {text!r}; expected a number such as {key}=16") from None
+
+
+def _nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

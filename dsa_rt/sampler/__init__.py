@@ -1,0 +1,1 @@
+"""Sampling loops: ``rollout`` (autoregressive, chunk by chunk) and ``ode`` (bidirectional, many steps)."""

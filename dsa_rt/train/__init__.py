@@ -1,0 +1,1 @@
+"""The demo's training recipe: codec, many-step generator, few-step causal student, confidence head, calibration."""

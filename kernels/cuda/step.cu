@@ -1,0 +1,188 @@
+// The step family. Bytes and order of operations as in kernels/cpu/step_impl.h; compile with -fmad=false.
+//
+// renoise and philox_normal: a thread per four elements, which is one Philox block. cached_step: a warp per row and
+// two launches, fresh rows into the cache (with the score), then all rows; x and the stale part of the cache, most of
+// the bytes, move once. Rows out of range are not written and stop the kernel, as the framework's indexing does;
+// duplicates are for the host to refuse when it plans.
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "../philox.h"
+#include "step.h"
+
+namespace dsa_rt::cuda {
+namespace {
+
+constexpr int threads = 256, warp = 32;
+
+__device__ float load(const float* p) { return *p; }
+__device__ float load(const __nv_bfloat16* p) { return __bfloat162float(*p); }
+__device__ void store(float* p, float value) { *p = value; }
+__device__ void store(__nv_bfloat16* p, float value) { *p = __float2bfloat16_rn(value); }
+
+template <class T>
+__device__ T* row_of(const Rows& rows, int64_t batch, int64_t row) {
+  return static_cast<T*>(rows.data) + batch * rows.batch_stride + row * rows.row_stride;
+}
+
+int blocks_for(int64_t items) { return static_cast<int>(std::min<int64_t>((items + threads - 1) / threads, 1 << 20)); }
+
+void check_launch(const char* op) {
+  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess)
+    throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
+}
+
+cudaStream_t stream_of(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+template <class Body>
+void with_types(Element x, Element velocity, Body body) {
+  const bool wide_velocity = velocity == Element::float32;
+  if (x == Element::float32)
+    wide_velocity ? body(float{}, float{}) : body(float{}, __nv_bfloat16{});
+  else
+    wide_velocity ? body(__nv_bfloat16{}, float{}) : body(__nv_bfloat16{}, __nv_bfloat16{});
+}
+
+// A thread's share of [B, A, blocks of four elements].
+struct Place {
+  int64_t batch, row;
+  uint32_t block;
+  int first, count;
+};
+
+template <class Params>
+__device__ Place place_of(const Params& p, int64_t item) {
+  const int64_t blocks = (p.width + 3) / 4, block = item % blocks, row = item / blocks;
+  return {row / p.rows, row % p.rows, (uint32_t)block, (int)(4 * block), (int)min((int64_t)4, p.width - 4 * block)};
+}
+
+template <class T>
+__global__ void philox_normal_kernel(const __grid_constant__ PhiloxNormalParams p, int64_t items) {
+  for (int64_t i = blockIdx.x * (int64_t)threads + threadIdx.x; i < items; i += (int64_t)gridDim.x * threads) {
+    const Place at = place_of(p, i);
+    const Normals n = philox_normals(at.block, p.draw, (uint64_t)p.tokens[at.row], (uint64_t)p.seeds[at.batch]);
+    const float normals[4] = {n.n0, n.n1, n.n2, n.n3};
+    T* out = row_of<T>(p.out, at.batch, at.row) + at.first;
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (k < at.count) store(out + k, normals[k]);
+  }
+}
+
+template <class X, class V>
+__global__ void renoise_kernel(const __grid_constant__ RenoiseParams p, int64_t items) {
+  for (int64_t i = blockIdx.x * (int64_t)threads + threadIdx.x; i < items; i += (int64_t)gridDim.x * threads) {
+    const Place at = place_of(p, i);
+    const X* x = row_of<const X>(p.x, at.batch, at.row) + at.first;
+    const V* velocity = row_of<const V>(p.velocity, at.batch, at.row) + at.first;
+    X* out = row_of<X>(p.out, at.batch, at.row) + at.first;
+    X* x0 = p.x0.data ? row_of<X>(p.x0, at.batch, at.row) + at.first : nullptr;
+    float normals[4] = {};
+    if (p.sigma_next != 0.0f) {
+      const Normals n = philox_normals(at.block, p.draw, (uint64_t)p.tokens[at.row], (uint64_t)p.seeds[at.batch]);
+      normals[0] = n.n0, normals[1] = n.n1, normals[2] = n.n2, normals[3] = n.n3;
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (k >= at.count) break;
+      const float clean = load(x + k) - p.sigma * load(velocity + k);
+      if (x0) store(x0 + k, clean);
+      store(out + k, p.sigma_next != 0.0f ? p.keep * clean + p.sigma_next * normals[k] : clean);
+    }
+  }
+}
+
+__device__ float warp_sum(float value) {
+#pragma unroll
+  for (int offset = warp / 2; offset; offset /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, offset);
+  return value;
+}
+
+template <class V>
+__global__ void store_fresh_kernel(const __grid_constant__ CachedStepParams p) {
+  const int lane = threadIdx.x % warp;
+  const int64_t warps = (int64_t)gridDim.x * (threads / warp);
+  for (int64_t i = blockIdx.x * (int64_t)(threads / warp) + threadIdx.x / warp; i < p.batch * p.active; i += warps) {
+    const int64_t batch = i / p.active, index = i % p.active, row = p.fresh_rows[index];
+    if (row < 0 || row >= p.rows) __trap();
+    const V* fresh = row_of<const V>(p.fresh, batch, index);
+    V* cache = row_of<V>(p.cache, batch, row);
+    float change = 0, norm = 0;
+    for (int64_t k = lane; k < p.width; k += warp) {
+      const V value = fresh[k];
+      if (p.score) {
+        change += fabsf(load(&value) - load(cache + k));
+        norm += fabsf(load(&value));
+      }
+      cache[k] = value;
+    }
+    if (!p.score) continue;
+    change = warp_sum(change);
+    norm = warp_sum(norm);
+    const float smallest = bits_to_float(0x00800000u);
+    if (lane == 0) p.score[batch * p.score_stride + index] = change / (norm < smallest ? smallest : norm);
+  }
+}
+
+template <class X, class V>
+__global__ void advance_kernel(const __grid_constant__ CachedStepParams p) {
+  const int lane = threadIdx.x % warp;
+  const int64_t warps = (int64_t)gridDim.x * (threads / warp);
+  for (int64_t i = blockIdx.x * (int64_t)(threads / warp) + threadIdx.x / warp; i < p.batch * p.rows; i += warps) {
+    X* x = row_of<X>(p.x, i / p.rows, i % p.rows);
+    const V* cache = row_of<const V>(p.cache, i / p.rows, i % p.rows);
+    for (int64_t k = lane; k < p.width; k += warp) store(x + k, load(x + k) + p.delta_sigma * load(cache + k));
+  }
+}
+
+__global__ void exit_decision_kernel(const __grid_constant__ ExitDecisionParams p) {
+  for (int64_t i = blockIdx.x * (int64_t)threads + threadIdx.x; i < p.batch; i += (int64_t)gridDim.x * threads) {
+    const float logit = p.logit_element == Element::float32 ? static_cast<const float*>(p.logit)[i]
+                                                            : load(static_cast<const __nv_bfloat16*>(p.logit) + i);
+    const float confidence = (float)(1.0 / (1.0 + exp(-(double)logit)));
+    p.confidence[i] = confidence;
+    p.refine[i] = confidence < p.threshold[i];
+  }
+}
+
+}  // namespace
+
+void philox_normal(const PhiloxNormalParams& p, uintptr_t stream) {
+  const int64_t items = p.batch * p.rows * ((p.width + 3) / 4);
+  if (!items) return;
+  with_types(p.out.element, Element::float32, [&](auto type, auto) {
+    philox_normal_kernel<decltype(type)><<<blocks_for(items), threads, 0, stream_of(stream)>>>(p, items);
+  });
+  check_launch("philox_normal");
+}
+
+void renoise(const RenoiseParams& p, uintptr_t stream) {
+  const int64_t items = p.batch * p.rows * ((p.width + 3) / 4);
+  if (!items) return;
+  with_types(p.x.element, p.velocity.element, [&](auto x, auto velocity) {
+    renoise_kernel<decltype(x), decltype(velocity)><<<blocks_for(items), threads, 0, stream_of(stream)>>>(p, items);
+  });
+  check_launch("renoise");
+}
+
+void cached_step(const CachedStepParams& p, uintptr_t stream) {
+  const int64_t fresh = p.batch * p.active * warp, all = p.batch * p.rows * warp;
+  if (!all) return;
+  with_types(p.x.element, p.cache.element, [&](auto x, auto velocity) {
+    if (fresh) store_fresh_kernel<decltype(velocity)><<<blocks_for(fresh), threads, 0, stream_of(stream)>>>(p);
+    advance_kernel<decltype(x), decltype(velocity)><<<blocks_for(all), threads, 0, stream_of(stream)>>>(p);
+  });
+  check_launch("cached_step");
+}
+
+void exit_decision(const ExitDecisionParams& p, uintptr_t stream) {
+  if (!p.batch) return;
+  exit_decision_kernel<<<blocks_for(p.batch), threads, 0, stream_of(stream)>>>(p);
+  check_launch("exit_decision");
+}
+
+}  // namespace dsa_rt::cuda
