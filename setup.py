@@ -1,7 +1,7 @@
 """Builds the native module through CMake, and maps kernels/ to the package dsa_rt.kernels.
 
-Set DSA_RT_CUDA=AUTO|ON|OFF in the environment of the build to choose CUDA kernels (default AUTO: when nvcc is found).
-Everything declarative is in pyproject.toml.
+Set DSA_RT_CUDA=AUTO|ON|OFF in the environment of the build to choose CUDA kernels (default AUTO: when nvcc is
+found). Everything declarative is in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds CMakeLists.txt with Ninja where it is found, else with CMake's default generator."""
+    """Builds CMakeLists.txt with Ninja where it is found, else with CMake's default generator."""
 
     def build_extension(self, ext: Extension) -> None:
         """Leaves the module where setuptools expects it: in the wheel's tree, or in dsa_rt/ when editable."""
@@ -51,7 +51,7 @@ class CMakeBuild(build_ext):
             try:
                 subprocess.run(command, check=True)
             except FileNotFoundError:
-                raise SystemExit("cmake was not found; install it, or build with pip's build isolation") from None
+                raise SystemExit("cmake was not found; install it or use pip's build isolation") from None
             except subprocess.CalledProcessError as error:
                 raise SystemExit(f"the native module was not built: {' '.join(command)} failed") from error
 

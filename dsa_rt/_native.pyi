@@ -1,7 +1,8 @@
-"""The compiled module (csrc/). Call it through dsa_rt.ops: there the outputs, checks and backends are documented.
+"""The compiled module (csrc/). Call it through dsa_rt.ops, where outputs, checks and backends are documented.
 
-Arguments are torch tensors on one device. ``instruction_set`` (CPU) is for tests: "" takes the best that runs here.
-``stream`` (CUDA) is the stream's address. Each check_… does the checks of its op alone, for tensors of any device.
+Arguments are torch tensors on one device. ``instruction_set`` (CPU) is for tests: "" takes the best that runs
+here. ``stream`` (CUDA) is the stream's address. Each check_… does the checks of its op alone, for tensors of
+any device.
 """
 
 from typing import TypedDict

@@ -83,8 +83,14 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
         spent.lap("write")
     if not quiet:
         print(stats.table())
-        for name, path in outputs.items():
-            print(f"{name:<19}{path}" + (f"  {video!r}" if name == "out" else ""))
+        if options.out is not None:
+            count, height, width, _ = video.frames.shape
+            what = f"{count} frames of {height}x{width}, {video.seconds:.2f} s at {video.fps:g} fps"
+            print(f"video              {options.out} ({what})")
+        if options.stats is not None:
+            print(f"statistics         {options.stats}")
+        if options.chart is not None:
+            print(f"chart              {options.chart}")
     del spent.laps["generate"]  # stats says that, in its parts
     return {"stats": stats.to_dict(), "outputs": outputs, "excluded_ms": spent.laps}
 

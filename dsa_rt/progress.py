@@ -6,6 +6,7 @@ can import it before anything heavy.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from typing import Any, Literal, TextIO
@@ -62,9 +63,15 @@ class ProgressBar:
         if self._enabled:
             from tqdm import tqdm
 
-            layout = "{desc} |{bar:28}| {percentage:3.0f}% [{elapsed}]"
             self._bar = tqdm(
-                total=1, desc=text, file=self._stream, leave=False, bar_format=layout, mininterval=0.05
+                total=1,
+                desc=text,
+                file=self._stream,
+                leave=False,
+                ncols=min(_columns(self._stream), 100),
+                nrows=20,  # there is one bar; a terminal of unknown size would hide it
+                bar_format="{desc:<34} |{bar}| {percentage:3.0f}% [{elapsed}]",
+                mininterval=0.05,
             )
 
     def __call__(self, event: Event) -> None:
@@ -87,6 +94,14 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _columns(stream: TextIO) -> int:
+    """Width of the terminal behind a stream; 80 where it does not say (some report 0)."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
 
 
 def progress(event: Event) -> tuple[int, int | None]:

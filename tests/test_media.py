@@ -78,6 +78,18 @@ def test_mp4_with_odd_sizes_and_a_broken_rate(tmp_path: Path) -> None:
     assert psnr(shown[:, :31, :45], frames.numpy()) > 28
 
 
+def test_mp4_without_h264(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    av = pytest.importorskip("av")
+    monkeypatch.setattr(av, "codecs_available", {"mpeg4"})
+    frames = moving_disc()
+    path = Video(frames).save(tmp_path / "clip.mp4", scale=2)
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].codec_context.name == "mpeg4"
+    shown, rate, _ = decode(path)
+    assert shown.shape == (21, 96, 128, 3) and rate == 16
+    assert psnr(shown, frames.numpy().repeat(2, 1).repeat(2, 2)) > 34
+
+
 def test_mp4_can_be_written_while_streaming(tmp_path: Path) -> None:
     frames = moving_disc(12)
     with Mp4Writer(tmp_path / "stream.mp4", fps=16) as writer:

@@ -6,6 +6,9 @@ full resolution. Time enters only through causal taps: each block also reads the
 through a 1x1 convolution. The first video frame has a latent frame of its own (it is repeated four times on the
 way in; one of four is kept on the way out), which is the layout of Wan's codec: T = 1 + 4k frames, 1 + k latents.
 
+Beside the network, encoder and decoder have a linear path from a cell's 8x8 pixels of four frames to its latents and
+back. Training starts it at the principal components of the data, so that the network only learns what they lack.
+
 Decoding always goes latent frame by latent frame, with the same tensors in every call, so a clip decoded in
 chunks of any size has the same bits as the clip decoded at once.
 """
@@ -32,7 +35,7 @@ class ConvCodecConfig:
     """Sizes of :class:`ConvCodec`. ``width`` counts channels at a quarter of the resolution, ``width_latent`` at
     an eighth; the block counts are for encoder and decoder at each of the two."""
 
-    z: int = 8
+    z: int = 12
     width: int = 64
     width_latent: int = 96
     encoder_blocks: int = 2
@@ -104,16 +107,17 @@ class Encoder(nn.Module):
         self.down = nn.Conv2d(wide, deep, 2, stride=2)
         self.blocks_latent = nn.ModuleList(CausalBlock(deep) for _ in range(config.encoder_blocks_latent))
         self.head = nn.Conv2d(deep, config.z, 3, padding=1)
+        self.linear = nn.Conv2d(TIME * COLOURS * FOLD**2, config.z, 2, stride=2, bias=False)
 
     def forward(self, stacked: Tensor, history: _Folded | _Carried) -> Tensor:
-        x = F.pixel_unshuffle(stacked, FOLD).contiguous(memory_format=torch.channels_last)
-        x = self.stem(x)
+        folded = F.pixel_unshuffle(stacked, FOLD).contiguous(memory_format=torch.channels_last)
+        x = self.stem(folded)
         for block in self.blocks:
             x = block(x, history)
         x = self.down(x)
         for block in self.blocks_latent:
             x = block(x, history)
-        return self.head(F.silu(x))
+        return self.head(F.silu(x)) + self.linear(folded)
 
 
 class Decoder(nn.Module):
@@ -127,16 +131,19 @@ class Decoder(nn.Module):
         self.up = nn.Conv2d(deep, 4 * wide, 1)
         self.blocks = nn.ModuleList(CausalBlock(wide) for _ in range(config.decoder_blocks))
         self.head = nn.Conv2d(wide, TIME * COLOURS * FOLD**2, 3, padding=1)
+        self.linear = nn.Conv2d(config.z, 4 * TIME * COLOURS * FOLD**2, 1, bias=False)
         self.block_count = config.decoder_blocks_latent + config.decoder_blocks
 
     def forward(self, latents: Tensor, history: _Folded | _Carried) -> Tensor:
-        x = self.stem(latents.contiguous(memory_format=torch.channels_last))
+        latents = latents.contiguous(memory_format=torch.channels_last)
+        x = self.stem(latents)
         for block in self.blocks_latent:
             x = block(x, history)
         x = F.pixel_shuffle(self.up(x), 2).contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
             x = block(x, history)
-        return F.pixel_shuffle(self.head(F.silu(x)), FOLD)
+        x = self.head(F.silu(x)) + F.pixel_shuffle(self.linear(latents), 2)
+        return F.pixel_shuffle(x, FOLD)
 
 
 class ConvCodec(nn.Module):
@@ -166,8 +173,8 @@ class ConvCodec(nn.Module):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        with torch.no_grad():
-            self.encoder.head.weight.mul_(8)  # raw latents of about unit variance from the first step on
+        for head in (self.encoder.head, self.decoder.head):  # at first the codec is its linear paths
+            nn.init.zeros_(head.weight)
         self.to(memory_format=torch.channels_last)
 
     @classmethod

@@ -1,14 +1,14 @@
 """The automatic score: does a clip show what its prompt asked for?
 
-For every asked object three attributes are judged by measurement (:mod:`dsa_rt.demo.track`), without any model:
+For every asked object three attributes are judged by measurement (:mod:`dsa_rt.demo.track`), without a model:
 
-- colour: an object of that colour, and one only, is there in nearly every frame from its first appearance to the end;
-- shape: the outline fits the asked shape better than the others, at a steady size, in most frames and in every third
-  of the object's time;
+- colour: an object of that colour, and one only, is there in nearly every frame from its first to the end;
+- shape: the outline fits the asked shape better than the others, at a steady size, in most frames and in every
+  third of the object's time;
 - motion: the path, size and angle over the whole clip are those of the asked motion and of no other.
 
-An object that vanishes, splits, or changes colour or shape midway therefore fails. When no object of the asked colour is
-there at all, its shape and motion count as wrong too: an object of another colour does not stand in for it.
+An object that vanishes, splits, or changes colour or shape midway therefore fails. When no object of the asked
+colour is there at all, its shape and motion count as wrong too: one of another colour does not stand in for it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from dsa_rt.demo.track import Palette, Track, label_colours, track
 from dsa_rt.demo.world import SIZE
 from dsa_rt.errors import ShapeError
 
-FEWEST_FRAMES = 41  # below that the slowest spin and bounce of the world are not told from rest with certainty
+FEWEST_FRAMES = (
+    41  # below that the slowest spin and bounce of the world are not told from rest with certainty
+)
 
 # Shares of frames, from the first that shows the object to the last of the clip.
 THERE = 0.9  # colour: frames with the object
@@ -36,8 +38,9 @@ LEAST_WHOLE = 0.4  # colour: less than that is a remnant, not the object
 MOST_ELSEWHERE = 0.4  # colour: more of the colour than that in other places is a second object
 STEADY_AREA = (0.7, 1.4)  # shape: outside of that the object has shrunk or swollen
 
-# Lengths in pixels of a 96 x 96 frame, angles in degrees. The world's own values: still 0; drift 30 to 42; bounce height
-# 38 to 54, 11 a frame at most; spin 147 or more. The limits lie well between what they tell apart.
+# Lengths in pixels of a 96 x 96 frame, angles in degrees. Measured on the world's own clips, softened too: still
+# 0.4 at most; drift 29 to 42; bounce height 34 to 54 with 3 turning points or more, 11 a frame at most; spin 150 or
+# more. The limits lie well between what they tell apart; what lies between two motions is neither.
 STILL = 4.0
 STILL_ANGLE = 30.0
 DRIFT = 15.0
@@ -72,7 +75,7 @@ class ObjectScore:
 
 @dataclass(frozen=True)
 class SceneScore:
-    """The score of a clip. ``attributes`` is what tables report; ground and surplus objects are checked beside it."""
+    """The score of a clip. ``attributes`` is what tables report; ``all_right`` also asks for the ground."""
 
     objects: tuple[ObjectScore, ...]
     ground: bool  # the asked ground is there
@@ -91,13 +94,20 @@ class SceneScore:
 
 
 def score(frames: NDArray[np.uint8], scene: SceneSpec) -> SceneScore:
-    """Judge ``frames`` [T, H, W, 3] uint8 (square, at least 41 of them) against ``scene``.
+    """Judge ``frames`` [T, H, W, 3] uint8 (square, at least 81 of them) against ``scene``.
 
     Raises :class:`~dsa_rt.errors.ShapeError` for another dtype or shape.
     """
     frames = np.asarray(frames)
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or frames.shape[1] != frames.shape[2]:
-        raise ShapeError(f"score needs square uint8 frames [T, H, W, 3], got {frames.dtype} {list(frames.shape)}")
+    if (
+        frames.dtype != np.uint8
+        or frames.ndim != 4
+        or frames.shape[3] != 3
+        or frames.shape[1] != frames.shape[2]
+    ):
+        raise ShapeError(
+            f"score needs square uint8 frames [T, H, W, 3], got {frames.dtype} {list(frames.shape)}"
+        )
     if len(frames) < FEWEST_FRAMES:
         raise ShapeError(f"score needs at least {FEWEST_FRAMES} frames to judge a motion, got {len(frames)}")
     palette = label_colours(frames)
@@ -135,7 +145,12 @@ def _judge(found: Track | None, asked: ObjectSpec) -> ObjectScore:
         seen_motion=motion,
         there=float(once.mean()),
         right_shape=float(right.mean()),
-        measured={"area": usual, "first": float(first), "fit": float(np.median(found.fit.max(1)[first:])), **measured},
+        measured={
+            "area": usual,
+            "first": float(first),
+            "fit": float(np.median(found.fit.max(1)[first:])),
+            **measured,
+        },
         rgb=found.rgb,
     )
 
@@ -213,14 +228,16 @@ def _turning_points(values: NDArray, swing: float) -> int:
 
 def _surplus(frames: NDArray[np.uint8], palette: Palette, colour: str) -> bool:
     """An object of ``colour`` is there in more than a tenth of the frames."""
-    if (palette.label == COLOURS.index(colour)).sum() < 0.1 * len(frames) * 45 * (frames.shape[1] / SIZE) ** 2:
+    if (palette.label == COLOURS.index(colour)).sum() < 0.1 * len(frames) * 45 * (
+        frames.shape[1] / SIZE
+    ) ** 2:
         return False
     found = track(frames, palette, colour)
     return found is not None and bool(found.visible.mean() > 0.1)
 
 
 def _ground(frames: NDArray[np.uint8], palette: Palette) -> str:
-    """The kind of ground: brightness of the median frame, and whether its pattern repeats in one direction or in two."""
+    """The kind of ground: contrast of the median frame, and whether it repeats in one direction or in two."""
     some = slice(None, None, 8)
     grey = frames[some].mean(-1, dtype=np.float32)
     u, v = (c[some] for c in palette.chroma)

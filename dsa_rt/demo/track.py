@@ -1,8 +1,8 @@
-"""Find a coloured object in the frames of a clip and measure its place, size, shape and angle: classical image analysis.
+"""Find a coloured object in the frames of a clip; measure its place, size, shape and angle by image analysis.
 
-Every ground of the demo is grey, so a pixel that an object covers partly is a mix of its colour and grey. The chroma of a
-mix (what is left of RGB without its grey part, a vector in a plane) is the object's chroma times the cover: hue says
-whose pixel it is, and chroma along the object's hue says, below a pixel, how much of it is covered, on any ground.
+Every ground of the demo is grey, so a pixel that an object covers partly is a mix of its colour and grey. The
+chroma of a mix (what is left of RGB without its grey part, a vector in a plane) is the object's chroma times the
+cover: hue says whose pixel it is, and chroma along that hue says how much of the pixel is covered, on any ground.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from dsa_rt.demo.world import RGB, SIZE
 
 Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]
-
 
 
 def _chroma(red: Array, green: Array, blue: Array) -> tuple[Array, Array]:
@@ -38,7 +37,7 @@ _SIDES = {"square": 4, "triangle": 3}
 
 @dataclass(frozen=True)
 class Palette:
-    """The pixels of a clip by colour: ``label`` int8 [T, H, W] (index into COLOURS, -1 grey); ``chroma`` two of [T, H, W]."""
+    """The pixels of a clip by colour: ``label`` [T, H, W], index into COLOURS or -1; ``chroma`` two of [T, H, W]."""
 
     label: NDArray[np.int8]
     chroma: tuple[Array, Array]
@@ -46,7 +45,7 @@ class Palette:
 
 @dataclass(frozen=True)
 class Track:
-    """One object through a clip of T frames; lengths in pixels of a 96 x 96 frame. Values of frames without it are 0."""
+    """One object through a clip of T frames; lengths in pixels of a 96 x 96 frame; 0 where it is not visible."""
 
     visible: Mask  # [T] a blob of plausible area is there
     area: Array  # [T]
@@ -112,11 +111,13 @@ def track(frames: NDArray[np.uint8], palette: Palette, colour: str) -> Track | N
 
 
 def _densest(mask: Mask, side: int) -> NDArray[np.int64]:
-    """Row and column [T, 2] of the middle of the fullest ``side`` x ``side`` square of each frame of [T, H, W]."""
+    """Row and column [T, 2] of the middle of the fullest square of ``side`` pixels in each frame of [T, H, W]."""
     side += 1 - side % 2
     padded = np.pad(mask, ((0, 0), (side // 2 + 1, side // 2), (side // 2 + 1, side // 2))).astype(np.int16)
     total = padded.cumsum(1, dtype=np.int32).cumsum(2)
-    box = total[:, side:, side:] - total[:, :-side, side:] - total[:, side:, :-side] + total[:, :-side, :-side]
+    box = (
+        total[:, side:, side:] - total[:, :-side, side:] - total[:, side:, :-side] + total[:, :-side, :-side]
+    )
     return np.stack(np.unravel_index(box.reshape(len(mask), -1).argmax(1), mask.shape[1:]), 1)
 
 
@@ -139,7 +140,7 @@ def _grow(mask: Mask) -> Mask:
 
 
 def _connected(mask: Mask, half: int) -> Mask:
-    """The part of each window that is connected to its middle (a 5 x 5 square, so that one bad pixel does not matter)."""
+    """The part of each window that hangs together with its middle (5 x 5, so that one bad pixel does not matter)."""
     blob = np.zeros_like(mask)
     blob[:, half - 2 : half + 3, half - 2 : half + 3] = mask[:, half - 2 : half + 3, half - 2 : half + 3]
     count = -1
@@ -149,10 +150,10 @@ def _connected(mask: Mask, half: int) -> Mask:
 
 
 def _fit_shapes(cover: Array, x: Array, y: Array, area: Array, axis: Array) -> tuple[Array, Array]:
-    """Angle of the corners ([T, 3] phase of the k-fold moment, radians of k turns) and overlap [T, 3] per shape.
+    """Phase of the corners and overlap with the ideal outline, both [T, 3], per shape.
 
-    A regular shape of k corners has a k-fold moment sum(cover z^k), z = dx + i dy, whose phase is k times the angle
-    of a corner. With centre, area and angle known each ideal shape is drawn and compared with the cover.
+    A regular shape of k corners has a k-fold moment sum(cover z^k), z = dx + i dy, whose phase is k times the
+    angle of a corner. With centre, area and angle known, each ideal shape is drawn and compared with the cover.
     """
     dx = axis[None, None, :] - x[:, None, None]
     dy = axis[None, :, None] - y[:, None, None]
@@ -172,12 +173,14 @@ def _fit_shapes(cover: Array, x: Array, y: Array, area: Array, axis: Array) -> t
             faces = [turns[:, None, None] + 2 * np.pi * j / sides for j in range(sides)]
             distance = np.max([dx * np.cos(f) + dy * np.sin(f) for f in faces], 0) - inner
         ideal = np.clip(0.5 - distance / 1.5, 0, 1)
-        fit[:, i] = np.minimum(cover, ideal).sum((1, 2)) / np.maximum(np.maximum(cover, ideal).sum((1, 2)), 1e-3)
+        fit[:, i] = np.minimum(cover, ideal).sum((1, 2)) / np.maximum(
+            np.maximum(cover, ideal).sum((1, 2)), 1e-3
+        )
     return phase, fit
 
 
 def _continuous_angle(phase: Array, shape: NDArray[np.int8], visible: Mask) -> Array:
-    """Angle [T] of the shape seen most often, unwrapped over the frames that show it and held between them."""
+    """Angle [T] of the shape seen most often, unwrapped over the frames that show it, linear between them."""
     angle = np.zeros(len(phase), np.float32)
     seen = np.bincount(shape[shape >= 0], minlength=len(SHAPES))
     main = int(seen.argmax())

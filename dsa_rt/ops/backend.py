@@ -1,7 +1,7 @@
 """Which backend serves an op: decided here, by device, dtype and what is installed, and nowhere else.
 
-``native`` is the compiled module ``dsa_rt._native``; ``torch`` is the framework, running the definition of the op in
-:mod:`dsa_rt.reference`. A caller may ask for one by name: it is used, or refused with the reason.
+``native`` is the compiled module ``dsa_rt._native``; ``torch`` is the framework, running the definition of
+the op in :mod:`dsa_rt.reference`. A caller may ask for one by name: it is used, or refused with the reason.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Implementation:
         """Why this cannot serve tensors of that device and dtype; None when it can."""
         if self.devices and device not in self.devices:
             if self.backend == "native" and device == "cuda":
-                return "this build of the native module has no CUDA kernels (nvcc was not found when it was built)"
+                return "the native module was built without CUDA kernels (no nvcc was found)"
             return f"{self.backend} has no kernel for device {device!r}, only for {', '.join(self.devices)}"
         if self.dtypes and dtype not in self.dtypes:
             return f"{self.backend} has no kernel for {dtype}, only for {', '.join(map(str, self.dtypes))}"
@@ -61,8 +61,9 @@ def _native_note() -> str:
     return f"{info['instruction_sets'][0]} kernels on {threads}"
 
 
+_NATIVE_DEVICES = ("cpu", "cuda") if native.build_info()["cuda"] else ("cpu",)
 _STEP = (
-    Implementation("native", ("cpu", "cuda") if native.build_info()["cuda"] else ("cpu",), _FLOATS, _native_note()),
+    Implementation("native", _NATIVE_DEVICES, _FLOATS, _native_note()),
     Implementation("torch", note="the definition in dsa_rt.reference"),
 )
 _FRAMEWORK = (Implementation("torch", note="the framework's kernels; no native version yet"),)
@@ -111,8 +112,9 @@ def describe(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Ch
         for implementation in implementations:
             refusal = implementation.refusal(device, dtype)
             if refusal is None:
-                compiled = device == "cuda" and implementation.backend == "native"
-                reason = f"CUDA kernels for {native.build_info()['cuda']}" if compiled else implementation.note
+                reason = implementation.note
+                if device == "cuda" and implementation.backend == "native":
+                    reason = f"CUDA kernels for {native.build_info()['cuda']}"
                 rows.append(Choice(op, device, implementation.backend, "; ".join([*passed, reason])))
                 break
             passed.append(refusal)
@@ -120,10 +122,10 @@ def describe(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Ch
 
 
 def register(schema: str) -> None:
-    """Registers ``dsa_rt::<schema>``, served by the native function of that name, as a mutating op with no result.
+    """Registers ``dsa_rt::<schema>``, served by the native function of that name: a mutating op, no result.
 
-    The schema's arguments are those of the native function, in its order. The fake does nothing, since outputs are
-    arguments: the op is opaque to ``torch.compile`` and stays in its graph.
+    The schema's arguments are those of the native function, in its order. The fake does nothing, since
+    outputs are arguments: the op is opaque to ``torch.compile`` and stays in its graph.
     """
     name = schema.partition("(")[0]
     function: Callable[..., None] = getattr(native, name)

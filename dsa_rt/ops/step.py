@@ -1,11 +1,11 @@
 """The step family: noise from counters, renoising, the cached Euler step and the exit decision.
 
-Rows are [B, A, P]: batch, active tokens, elements of a token; the last dimension contiguous, other strides free.
-Outputs are arguments and must not share memory with other arguments unless stated. Every function raises
-:class:`dsa_rt.errors.ShapeError` for a wrong shape, dtype, device, stride or overlap, before anything is written, and
-:class:`dsa_rt.errors.OptionError` for a ``backend`` that cannot serve the call. Results have the same bits on every
-backend and for every number of threads (the score of :func:`cached_step` within rounding). None is differentiable:
-training uses :mod:`dsa_rt.reference`.
+Rows are [B, A, P]: batch, active tokens, elements of a token; the last dimension contiguous, other strides
+free. Outputs are arguments and must not share memory with other arguments unless stated. Every function
+raises :class:`dsa_rt.errors.ShapeError` for a wrong shape, dtype, device, stride or overlap, before anything
+is written, and :class:`dsa_rt.errors.OptionError` for a ``backend`` that cannot serve the call. Results have
+the same bits on every backend and for every number of threads (the score of :func:`cached_step` within
+rounding). None is differentiable: training uses :mod:`dsa_rt.reference`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ register(
 register("exit_decision(Tensor(a!) refine, Tensor(b!) confidence, Tensor logit, Tensor threshold) -> ()")
 
 
-def philox_normal(out: Tensor, seeds: Tensor, tokens: Tensor, draw: int, *, backend: str | None = None) -> None:
+def philox_normal(
+    out: Tensor, seeds: Tensor, tokens: Tensor, draw: int, *, backend: str | None = None
+) -> None:
     """Fills ``out`` with standard normals that depend on (seed, token, draw, element) alone.
 
-    out [B, A, P] fp32 or bf16; seeds [B] int64; tokens [A] int64, positions in the whole clip; draw 0 to 2^32 - 1
-    (0 is the initial noise). bf16 is the fp32 value rounded once.
+    out [B, A, P] fp32 or bf16; seeds [B] int64; tokens [A] int64, positions in the whole clip; draw 0 to 2^32
+    - 1 (0 is the initial noise). bf16 is the fp32 value rounded once.
     """
     if _ran_native("philox_normal", backend, out, (out, seeds, tokens), draw):
         return
@@ -56,9 +58,9 @@ def renoise(
     """The clean prediction x0 = x - sigma·velocity, taken to the next noise level.
 
     ``out = (1 - sigma_next)·x0 + sigma_next·noise`` from the unrounded x0, with the noise of
-    :func:`philox_normal`; with sigma_next = 0 nothing is drawn and out = x0. ``x0`` receives the clean prediction.
-    out, x, x0 [B, A, P] of one dtype, velocity [B, A, P]: fp32 or bf16; seeds [B], tokens [A] int64.
-    ``out`` may be ``x`` or ``velocity`` itself.
+    :func:`philox_normal`; with sigma_next = 0 nothing is drawn and out = x0. ``x0`` receives the clean
+    prediction. out, x, x0 [B, A, P] of one dtype, velocity [B, A, P]: fp32 or bf16; seeds [B], tokens [A]
+    int64. ``out`` may be ``x`` or ``velocity`` itself.
     """
     if _ran_native("renoise", backend, x, (out, x0, x, velocity, seeds, tokens), sigma, sigma_next, draw):
         return
@@ -80,10 +82,11 @@ def cached_step(
 ) -> None:
     """Cached Euler, in place: ``velocity_cache[:, rows] = fresh``, then ``x += delta_sigma·velocity_cache``.
 
-    x [B, N, P] fp32 or bf16; velocity_cache [B, N, P] and fresh [B, A, P], fp32 or bf16 alike; rows [A] int64,
-    distinct, may be empty. A row outside [0, N) or given twice is an error and nothing is written (on CUDA, where
-    reading them would stall the queue, a row out of range stops the kernel and duplicates are the caller's to avoid).
-    ``score`` [B, A] fp32 receives the relative change of each fresh row, ‖fresh - cached‖₁ / ‖fresh‖₁.
+    x [B, N, P] fp32 or bf16; velocity_cache [B, N, P] and fresh [B, A, P], fp32 or bf16 alike; rows [A]
+    int64, distinct, may be empty. A row outside [0, N) or given twice is an error and nothing is written (on
+    CUDA, where reading them would stall the queue, a row out of range stops the kernel and duplicates are the
+    caller's to avoid). ``score`` [B, A] fp32 receives the relative change of each fresh row, ‖fresh -
+    cached‖₁ / ‖fresh‖₁.
     """
     if _ran_native("cached_step", backend, x, (x, velocity_cache, score, rows, fresh), delta_sigma):
         return
@@ -115,11 +118,13 @@ def _ran_native(
 
     The choice goes by device and dtype of ``decides``; tensors and scalars are in the order of the schema.
     """
-    # What is no tensor, or on another device, goes to the check, which says so: the dispatcher would complain in its
-    # own words, or take a kernel by one tensor of many.
+    # What is no tensor, or on another device, goes to the check, which says so: the dispatcher would complain
+    # in its own words, or take a kernel by one tensor of many.
     uniform = all(t is None or (isinstance(t, Tensor) and t.device == decides.device) for t in tensors)
     if uniform and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise OptionError(f"{op} is not differentiable; call it under torch.no_grad(), or use dsa_rt.reference.{op}")
+        raise OptionError(
+            f"{op} is not differentiable; use torch.no_grad(), or dsa_rt.reference to train"
+        )
     if uniform and choose(op, decides.device.type, decides.dtype, backend) == "native":
         getattr(torch.ops.dsa_rt, op)(*tensors, *scalars)
         return True

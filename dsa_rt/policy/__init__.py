@@ -1,4 +1,4 @@
-"""How many passes each chunk gets: dense and fixed policies, DSA by the paper's rule, DSA calibrated to a budget."""
+"""How many passes each chunk gets: dense and fixed policies, DSA as printed, DSA calibrated to a budget."""
 
 from dsa_rt.policy.base import Decider, Policy
 from dsa_rt.policy.calibration import Calibration, fit_calibration

@@ -1,16 +1,16 @@
 """When is a pass worth its place in the budget? Thresholds on the confidence for every state of a clip.
 
-A pass given to this chunk is a pass that a later chunk cannot have. Its price is what the budget left would earn in
-the rest of the clip with one pass less; a chunk gets another pass if the error it is expected to remove is worth that.
-Both are expectations over the calibration run, so the best rule follows by dynamic programming, backwards over
-(chunks left n, refining steps left b, level):
+A pass given to this chunk is a pass that a later chunk cannot have. Its price is what the budget left would
+earn in the rest of the clip with one pass less; a chunk gets another pass if the error it is expected to
+remove is worth that. Both are expectations over the calibration run, so the best rule follows by dynamic
+programming, backwards over (chunks left n, refining steps left b, level):
 
     value of stopping = W[n - 1, b]
     value of a step   = gain[level, bin] + E[value at the next level with b - 1 left | bin]
     W[n, b]           = E[value at the first level]
 
-A rule is a threshold: bins below it get another step. The budget is never exceeded, and since no gain is negative all
-of it is spent while there are chunks that can take it.
+A rule is a threshold: bins below it get another step. The budget is never exceeded, and since no gain is
+negative all of it is spent while there are chunks that can take it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 HORIZON = 16
-"""Chunks looked ahead. A longer rest of a clip is planned as HORIZON chunks with their share of what is left."""
+"""Chunks looked ahead. A longer rest is planned as HORIZON chunks with their share of the budget."""
 
 _TIE = 1e-9  # of the largest gain: smaller differences are rounding, and ties refine
 
@@ -34,8 +34,8 @@ Cuts = tuple[tuple[tuple[int, ...], ...], ...]
 class Allocation:
     """Solved thresholds. steps: refining steps a chunk can get, each one decision.
 
-    later[n - 1][level][b]: with n chunks left, this one counted, ``level`` steps taken and b left for the clip, bins
-    below the entry get another step. first: the same for the first chunk of a clip.
+    later[n - 1][level][b]: with n chunks left, this one counted, ``level`` steps taken and b left for the
+    clip, bins below the entry get another step. first: the same for the first chunk of a clip.
     """
 
     steps: int
@@ -46,8 +46,8 @@ class Allocation:
     def solve(
         cls, later: Array, first: Array, level_counts: Sequence[NDArray[np.int64]], counts: NDArray[np.int64]
     ) -> Allocation:
-        """later, first [steps, bins]: gains; level_counts: steps - 1 tables [bins, bins] of chunks by bin at a level
-        and at the next; counts [bins]: chunks by bin at the first level."""
+        """later, first [steps, bins]: gains; level_counts: steps - 1 tables [bins, bins] of chunks by bin at
+        a level and at the next; counts [bins]: chunks by bin at the first level."""
         scale = max(later.max(), first.max()) or 1.0
         moves = [_transitions(table) for table in level_counts]
         arrival = counts / counts.sum()
@@ -74,7 +74,7 @@ class Allocation:
 
 
 def _chunk(gain: Array, moves: Sequence[Array], after: Array) -> tuple[tuple[tuple[int, ...], ...], Array]:
-    """Thresholds [level][b] of one chunk and its value [b, bin], given the value [b] of the chunks behind it."""
+    """Thresholds [level][b] of one chunk and its value [b, bin], given the value [b] of those behind it."""
     steps, bins = gain.shape
     budget = np.arange(len(after) + steps)
     stop = after[np.minimum(budget, len(after) - 1)][:, None]
@@ -91,14 +91,14 @@ def _chunk(gain: Array, moves: Sequence[Array], after: Array) -> tuple[tuple[tup
 
 
 def _best_cut(advantage: Array) -> NDArray[np.int64]:
-    """How many bins, from the least confident on, to refine for the largest sum of advantage [b, bins]; ties: more."""
+    """How many bins, from the least confident on, to refine for the most advantage [b, bins]; ties: more."""
     advantage = np.where(np.abs(advantage) < _TIE, 0.0, np.maximum(advantage, -1e6))
     sums = np.cumsum(np.pad(advantage, ((0, 0), (1, 0))), 1)
     return advantage.shape[1] - np.argmax(sums[:, ::-1], 1)
 
 
 def _transitions(counts: NDArray[np.int64]) -> Array:
-    """Counts [bins, bins] -> probabilities by row, smoothed over neighbouring bins, which have much in common."""
+    """Counts [bins, bins] -> probabilities by row, smoothed over neighbouring bins, which are alike."""
     index = np.arange(len(counts), dtype=float)
     kernel = np.exp(-0.5 * np.subtract.outer(index, index) ** 2)
     smooth = kernel @ counts @ kernel.T + 0.5 / len(counts)  # half a chunk of doubt in every row

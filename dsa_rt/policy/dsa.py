@@ -1,15 +1,16 @@
 """Dynamic Step Allocation: a confidence head decides how many passes a chunk gets (arXiv 2606.04432).
 
-Two rules. ``paper`` is Algorithm 1 as printed: refine where the first pass is less confident than the previous chunk
-was in the end. As confidences differ by noise level, that compares unlike with unlike and mostly alternates.
-``calibrated`` compares like with like, by a calibration run stored in the bundle, and keeps to a budget the user
-states; see :mod:`dsa_rt.policy.calibration` and :mod:`dsa_rt.policy.allocation`.
+Two rules. ``paper`` is Algorithm 1 as printed: refine where the first pass is less confident than the
+previous chunk was in the end. As confidences differ by noise level, that compares unlike with unlike and
+mostly alternates. ``calibrated`` compares like with like, by a calibration run stored in the bundle, and
+keeps to a budget the user states; see :mod:`dsa_rt.policy.calibration` and :mod:`dsa_rt.policy.allocation`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING
 
 from dsa_rt.errors import PolicyError
@@ -29,13 +30,13 @@ TARGETS = {"passes_per_chunk": "passes", "model_calls": "calls", "fps": "fps"}
 class DSA(Policy):
     """rule: "paper", "calibrated", or "auto": calibrated where the bundle has a calibration, else paper.
 
-    retest: decide after every pass instead of once per chunk, where a chunk takes one pass or all. None: what suits
-    the rule, which is once for paper (as printed) and every pass for calibrated.
+    retest: decide after every pass instead of once per chunk, where a chunk takes one pass or all. None: what
+    suits the rule, which is once for paper (as printed) and every pass for calibrated.
 
     One target at most, for the calibrated rule; none: 70% of a dense run's model calls.
-    passes_per_chunk: mean over the clip. model_calls: per clip, context passes counted (NFE = passes + chunks).
-    fps: at least so many frames per second, by times measured at compile. Deciding once per chunk leaves up to
-    ``passes - 2`` passes of a clip's budget unspent.
+    passes_per_chunk: mean over the clip. model_calls: per clip, context passes counted (passes + chunks).
+    fps: at least so many frames per second, by times measured at compile.
+    A clip never takes more than its budget, and spends it (decided by the chunk: but for up to T - 2 passes).
 
     refine_first: the first chunk gets all passes, as in the paper. False: it is decided like the others.
     """
@@ -51,32 +52,47 @@ class DSA(Policy):
         if self.rule not in RULES:
             raise PolicyError(f"DSA: rule is {self.rule!r}; expected one of {', '.join(RULES)}")
         if not isinstance(self.refine_first, bool) or not isinstance(self.retest, bool | None):
-            raise PolicyError(f"DSA: retest is {self.retest!r}, refine_first {self.refine_first!r}; expected True or False")
+            raise PolicyError(
+                f"DSA: retest is {self.retest!r}, refine_first {self.refine_first!r}; expected True or False"
+            )
         stated = {field: getattr(self, field) for field in TARGETS if getattr(self, field) is not None}
         for field, value in stated.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
                 raise PolicyError(f"DSA: {field} is {value!r}; expected a number above 0")
+            object.__setattr__(self, field, float(value))
         if len(stated) > 1:
             raise PolicyError(f"DSA: {' and '.join(stated)} are both stated; expected one target")
-        if self.rule == "paper" and (stated or not self.refine_first):
+        if self.rule == "paper" and self.needs_calibration:
             what = next(iter(stated), "refine_first=False")
-            raise PolicyError(f"DSA: {what} is for the calibrated rule; the paper's rule has nothing to set but retest")
+            raise PolicyError(
+                f"DSA: {what} is for the calibrated rule; the paper's has nothing to set but retest"
+            )
+        if self.retest is None and self.rule != "auto":  # one policy, one spelling
+            object.__setattr__(self, "retest", self.rule == "calibrated")
 
     @property
     def name(self) -> str:
+        base = "dsa" if self.rule == "auto" else f"dsa-{self.rule}"
         options = []
-        if self.retest is not None and not (self.rule == "paper" and not self.retest):
-            options.append("retest" if self.retest else "retest=no")
+        if self.rule == "paper" and self.retest:
+            base += "-retest"
+        elif self.rule == "auto" and self.retest:
+            options.append("retest")
+        elif self.rule != "paper" and self.retest is False:
+            options.append("retest=no")
         if not self.refine_first:
             options.append("first=free")
-        for field, key in TARGETS.items():
-            value = getattr(self, field)
-            if value is not None:
-                options.append(f"{key}={value!r}")
-        base = "dsa" if self.rule == "auto" else f"dsa-{self.rule}"
-        if options[:1] == ["retest"] and self.rule != "auto":
-            base, options = f"{base}-retest", options[1:]
+        targets = {key: getattr(self, field) for field, key in TARGETS.items()}
+        options += [
+            f"{key}={value!r}".removesuffix(".0") for key, value in targets.items() if value is not None
+        ]
         return f"{base}:{','.join(options)}" if options else base
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether something was asked for that the paper's rule cannot do."""
+        stated = any(getattr(self, field) is not None for field in TARGETS)
+        return self.rule == "calibrated" or not self.refine_first or stated
 
     @property
     def needs_cost(self) -> bool:
@@ -97,20 +113,17 @@ class DSA(Policy):
                 f"policy {self.name} needs a confidence head and this bundle has none: use dense or fixed-N, "
                 "or train a head for the bundle"
             )
-        wants_calibration = self.rule == "calibrated" or self.needs_calibration
-        if calibration is None:
-            if wants_calibration:
-                raise PolicyError(
-                    f"policy {self.name} needs a calibration and this bundle has none: "
-                    "calibrate the head, or use dsa-paper, dense or fixed-N"
-                )
-            return PaperDecider(passes_max, retest=bool(self.retest))
-        if self.rule == "paper":
+        if calibration is None and self.needs_calibration:
+            raise PolicyError(
+                f"policy {self.name} needs a calibration and this bundle has none: "
+                "calibrate the head, or use dsa-paper, dense or fixed-N"
+            )
+        if calibration is None or self.rule == "paper":
             return PaperDecider(passes_max, retest=bool(self.retest))
         if calibration.passes != passes_max:
             raise PolicyError(
-                f"policy {self.name}: the bundle's calibration is for {calibration.passes} passes, but {passes_max} are "
-                f"scheduled: schedule {calibration.passes}, or calibrate for {passes_max}"
+                f"policy {self.name}: the bundle's calibration is for {calibration.passes} passes, but "
+                f"{passes_max} are scheduled: schedule {calibration.passes}, or calibrate for {passes_max}"
             )
         budget = clip_budget(
             passes_max,
@@ -121,12 +134,9 @@ class DSA(Policy):
             fps=self.fps,
             cost=cost,
         )
-        return CalibratedDecider(calibration, chunks, budget, retest=self.retest is not False, refine_first=self.refine_first)
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether something was asked for that the paper's rule cannot do."""
-        return self.rule == "calibrated" or not self.refine_first or any(getattr(self, f) is not None for f in TARGETS)
+        return CalibratedDecider(
+            calibration, chunks, budget, retest=self.retest is not False, refine_first=self.refine_first
+        )
 
 
 class PaperDecider(Decider):
@@ -140,25 +150,27 @@ class PaperDecider(Decider):
         return self._retest or passes in (1, self.passes_max)
 
     def _another_pass(self, chunk: int, passes: int, confidence: float | None) -> bool:
-        if confidence is None:  # between the first and the last pass of a refined chunk
-            return True
-        if passes < self.passes_max and (self._retest or passes == 1):
-            self.threshold = self._previous
-            if confidence < self._previous:
+        if passes < self.passes_max:
+            if passes > 1 and not self._retest:
                 return True
-        self._previous = confidence
+            self.threshold = self._previous
+            if _known(confidence) < self._previous:
+                return True
+        self._previous = _known(confidence)
         return False
 
 
 class CalibratedDecider(Decider):
     """Keeps to ``budget``: passes of the whole clip, or their running mean where ``chunks`` is None.
 
-    The unit inside is a refining step: one more pass, or all remaining ones where a chunk is decided once. A session
-    without end is planned as a clip that always ends HORIZON chunks ahead; passes of its first chunks beyond the mean
-    are saved later, and what calm chunks leave is kept for busy ones.
+    The unit inside is a refining step: one more pass, or all remaining ones where a chunk is decided once. A
+    session without end is planned as a clip that always ends HORIZON chunks ahead; passes of its first chunks
+    beyond the mean are saved later, and what calm chunks leave is kept for busy ones.
     """
 
-    def __init__(self, calibration: Calibration, chunks: int | None, budget: float, *, retest: bool, refine_first: bool) -> None:
+    def __init__(
+        self, calibration: Calibration, chunks: int | None, budget: float, *, retest: bool, refine_first: bool
+    ) -> None:
         super().__init__(calibration.passes)
         self._allocation = calibration.by_pass if retest else calibration.by_chunk
         self._curves, self._first_curves = calibration.later, calibration.first
@@ -179,12 +191,13 @@ class CalibratedDecider(Decider):
         """The answer where it does not depend on the confidence, None where it does."""
         if passes >= self.passes_max:
             return False
-        if chunk == 0 and self._refine_first or not self._retest and passes > 1:
+        if (chunk == 0 and self._refine_first) or (passes > 1 and not self._retest):
             return True
         left, steps = self._left(chunk)
         if steps <= 0:
             return False
-        return True if steps >= (left - 1) * self._allocation.steps + self._allocation.steps - (passes - 1) else None
+        enough = left * self._allocation.steps - (passes - 1)
+        return True if steps >= enough else None
 
     def wants_confidence(self, chunk: int, passes: int) -> bool:
         # The first pass is always judged, so that statistics have one comparable confidence per chunk.
@@ -197,7 +210,12 @@ class CalibratedDecider(Decider):
             cut = self._allocation.cut(left, steps, passes - 1, is_first=chunk == 0)
             curves = self._first_curves if chunk == 0 else self._curves
             self.threshold = (0.0, *curves.edges[passes - 1], None)[cut]
-            answer = self.threshold is None or confidence is not None and confidence < self.threshold
+            answer = self.threshold is None or _known(confidence) < self.threshold
         if answer and (self._retest or passes == 1):
             self._spent += 1
         return answer
+
+
+def _known(confidence: float | None) -> float:
+    assert confidence is not None  # Decider.another_pass has seen to it
+    return confidence

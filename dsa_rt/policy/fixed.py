@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fixed(Policy):
-    """``passes`` for every chunk, ``first`` for the first one; None: all that are scheduled, or as ``passes``.
+    """``passes`` for every chunk (None: all scheduled), ``first`` for the first one (None: as ``passes``).
 
     ``Fixed()`` is the dense policy. More passes than a model schedules are refused by :meth:`begin`.
     """
@@ -27,7 +27,9 @@ class Fixed(Policy):
         for field in ("passes", "first"):
             value = getattr(self, field)
             if value is not None and (type(value) is not int or value < 1):
-                raise PolicyError(f"Fixed: {field} is {value!r}; expected a whole number of 1 or more, or None")
+                raise PolicyError(
+                    f"Fixed: {field} is {value!r}; expected a whole number of 1 or more, or None"
+                )
         if self.first == self.passes:
             object.__setattr__(self, "first", None)  # one policy, one spelling
 

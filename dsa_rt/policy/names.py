@@ -7,7 +7,7 @@ import re
 
 from dsa_rt.errors import PolicyError
 from dsa_rt.policy.base import Policy
-from dsa_rt.policy.dsa import DSA
+from dsa_rt.policy.dsa import DSA, TARGETS
 from dsa_rt.policy.fixed import Fixed
 
 _DSA = {
@@ -19,17 +19,18 @@ _DSA = {
 }
 NAMES = ("dense", "fixed-N", "fixed-N-then-M", *_DSA)
 OPTIONS = ("passes=", "calls=", "fps=", "retest", "retest=no", "first=free")
-_FIXED = re.compile(r"fixed-([0-9]{1,6})(?:-then-([0-9]{1,6}|all))?|fixed-all-then-([0-9]{1,6})")
-_FLAG = {"": True, "yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
+_FIXED = re.compile(r"fixed-([0-9]{1,6})(?:-then-([0-9]{1,6}|all))?")
+_FLAG = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 
 
 def parse_policy(policy: str | Policy) -> Policy:
     """A policy object as it is, or the one a name stands for, in any case.
 
-    Names: dense, fixed-2, fixed-4-then-1 (first chunk, then the others), dsa (calibrated where the bundle can, else
-    paper), dsa-paper, dsa-paper-retest, dsa-calibrated, dsa-calibrated-retest. The last ones, and dsa, take options after a colon,
-    separated by commas: one target (passes=2.5 per chunk, calls=24 per clip, fps=16), retest or retest=no, first=free.
-    :class:`PolicyError` for anything else, with the nearest name.
+    Names: dense, fixed-2, fixed-4-then-1 (first chunk, then the others), dsa (calibrated where the bundle
+    can, else paper), dsa-paper, dsa-paper-retest, dsa-calibrated (the same as dsa-calibrated-retest). Those
+    of DSA take options after a colon, separated by commas: one target (passes=2.5 per chunk, calls=24 per
+    clip, fps=16), retest or retest=no, first=free; see :class:`DSA`. :class:`PolicyError` for anything else,
+    with the nearest name.
     """
     if isinstance(policy, Policy):
         return policy
@@ -41,9 +42,7 @@ def parse_policy(policy: str | Policy) -> Policy:
     if base == "dense":
         found = Fixed()
     elif match := _FIXED.fullmatch(base):
-        first, later, only_later = match.groups()
-        if only_later is not None:
-            raise PolicyError(f"policy {policy!r}: the first chunk cannot get more than a number says; write fixed-N-then-{only_later}")
+        first, later = match.groups()
         later_passes = int(first) if later is None else None if later == "all" else int(later)
         found = Fixed(later_passes, None if later is None else int(first))
     if found is None:
@@ -57,24 +56,25 @@ def parse_policy(policy: str | Policy) -> Policy:
 
 def _with_options(found: DSA, base: str, rest: str, policy: str) -> DSA:
     settings: dict[str, object] = {}
-    targets = {"passes": "passes_per_chunk", "calls": "model_calls", "fps": "fps"}
+    targets = {key: field for field, key in TARGETS.items()}
     for part in rest.split(","):
         key, equals, text = (piece.strip() for piece in part.partition("="))
         if key in targets and equals:
             field, value = targets[key], _number(key, text, policy)
-        elif key == "retest" and (text if equals else "") in _FLAG:
-            field, value = "retest", _FLAG[text]
+        elif key == "retest" and (flag := text if equals else "yes") in _FLAG:
+            field, value = "retest", _FLAG[flag]
         elif key == "first" and text in ("free", "all"):
             field, value = "refine_first", text == "all"
         else:
+            nearest = _nearest(part.strip(), OPTIONS)
             raise PolicyError(
-                f"policy {policy!r}: option {part.strip()!r} is not known{_nearest(key, [o.rstrip('=') for o in OPTIONS])}; "
+                f"policy {policy!r}: option {part.strip()!r} is not known{nearest}; "
                 f"{base} takes {', '.join(OPTIONS)}"
             )
         if field in settings:
             raise PolicyError(f"policy {policy!r}: {key} is stated twice")
         settings[field] = value
-    if found.retest and "retest" in settings:
+    if base.endswith("-retest") and "retest" in settings:
         raise PolicyError(f"policy {policy!r}: retest is stated twice")
     fields = {"rule": found.rule, "retest": found.retest} | settings
     return DSA(**fields)  # type: ignore[arg-type]
@@ -84,9 +84,11 @@ def _number(key: str, text: str, policy: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise PolicyError(f"policy {policy!r}: {key} is {text!r}; expected a number such as {key}=16") from None
+        raise PolicyError(
+            f"policy {policy!r}: {key} is {text!r}; expected a number such as {key}=16"
+        ) from None
 
 
-def _nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
+def _nearest(word: str, known: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -15,9 +15,9 @@ from dsa_rt.errors import BundleError, PolicyError
 class Records:
     """Runs in which every chunk took all passes and was judged after each.
 
-    confidence [clips, chunks, passes]: the head's, in [0, 1]. error [clips, chunks, passes], 0 or more: distance of
-    the clean prediction after that pass from whatever the refinement should approach, in any unit, small where the
-    chunk is good. At least 2 chunks and 2 passes. Raises :class:`PolicyError`.
+    confidence [clips, chunks, passes]: the head's, in [0, 1]. error [clips, chunks, passes], 0 or more:
+    distance of the clean prediction after that pass from whatever the refinement should approach, in any
+    unit, small where the chunk is good. At least 2 chunks and 2 passes. Raises :class:`PolicyError`.
     """
 
     confidence: NDArray[np.float64]
@@ -28,20 +28,21 @@ class Records:
             values = np.array(getattr(self, name), dtype=np.float64)
             if values.ndim != 3 or values.shape[0] < 1 or min(values.shape[1:]) < 2:
                 raise PolicyError(
-                    f"Records: {name} has shape {list(values.shape)}; expected [clips, chunks, passes] with 2 or more "
-                    "chunks and passes"
+                    f"Records: {name} has shape {list(values.shape)}; "
+                    "expected [clips, chunks, passes] with 2 or more chunks and passes"
                 )
-            if not np.isfinite(values).all() or values.min() < 0 or (name == "confidence" and values.max() > 1):
+            least, most = values.min(), values.max()  # NaN where there is one
+            limit = 1.0 if name == "confidence" else np.finfo(np.float64).max
+            if not (least >= 0 and most <= limit):
+                expected = "from 0 to 1" if name == "confidence" else "of 0 or more"
                 raise PolicyError(
-                    f"Records: {name} has values from {values.min()} to {values.max()}; expected finite numbers "
-                    + ("from 0 to 1" if name == "confidence" else "of 0 or more")
+                    f"Records: {name} has values from {least} to {most}; expected finite numbers {expected}"
                 )
             values.flags.writeable = False
             object.__setattr__(self, name, values)
         if self.confidence.shape != self.error.shape:
-            raise PolicyError(
-                f"Records: confidence {list(self.confidence.shape)} and error {list(self.error.shape)} differ in shape"
-            )
+            shapes = f"{list(self.confidence.shape)} and {list(self.error.shape)}"
+            raise PolicyError(f"Records: confidence and error differ in shape: {shapes}")
 
     @property
     def clips(self) -> int:
@@ -75,7 +76,9 @@ class Records:
         except PolicyError as error:
             raise BundleError(str(error)) from error
         except (TypeError, ValueError, KeyError) as error:
-            raise BundleError(f"records are not lists of confidence and error, all of one shape ({error})") from error
+            raise BundleError(
+                f"records are not lists of confidence and error, all of one shape ({error})"
+            ) from error
 
 
 def _rounded(values: NDArray[np.float64]) -> NDArray[np.float64]:

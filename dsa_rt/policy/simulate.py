@@ -1,6 +1,6 @@
 """What policies would have done in a recorded run, beside the best and a random allocation of the same cost.
 
-Share captured = error removed by the passes that ran / error removed by all passes, summed over clips and chunks.
+Share captured: error removed by the passes that ran / error removed by all, summed over clips and chunks.
 """
 
 from __future__ import annotations
@@ -39,14 +39,20 @@ def simulate(
             while more:
                 done += 1
                 wanted = decider.wants_confidence(chunk, done)
-                more = decider.another_pass(chunk, done, confidence[clip][chunk][done - 1] if wanted else None)
+                more = decider.another_pass(
+                    chunk, done, confidence[clip][chunk][done - 1] if wanted else None
+                )
             passes[clip, chunk] = done
     return {"policy": policy.name} | summarise(passes, records)
 
 
 def summarise(passes: Passes, records: Records) -> dict[str, Any]:
-    """JSON-ready: passes [clips][chunks]; per-chunk mean of passes; model_calls per clip, mean and max; captured; refined:
-    share of chunks with more than one pass; passes_by_chunk: mean of each chunk; histogram: chunks by passes, from 1."""
+    """JSON-ready; passes [clips, chunks].
+
+    passes_per_chunk: mean. model_calls, model_calls_max: per clip, context passes counted. captured: see
+    above. refined: share of chunks with more than one pass. passes_by_chunk: mean of each chunk.
+    histogram: chunks by passes, from 1. passes: as given.
+    """
     gain = records.gain()
     captured = np.take_along_axis(gain, passes[..., None] - 1, -1).sum() / gain[..., -1].sum()
     calls = passes.sum(1) + records.chunks
@@ -65,7 +71,7 @@ def summarise(passes: Passes, records: Records) -> dict[str, Any]:
 def oracle(
     records: Records, model_calls: float, *, all_or_nothing: bool = False, refine_first: bool = False
 ) -> dict[str, Any]:
-    """The best any policy could do with at most ``model_calls`` in every clip: the allocation of most error removed.
+    """The best any policy could do with at most ``model_calls`` in every clip, found with the true errors.
 
     all_or_nothing: chunks get one pass or all. refine_first: the first chunk gets all.
     """
@@ -78,10 +84,9 @@ def oracle(
     for chunk in range(records.chunks):
         allowed = options[-1:] if refine_first and chunk == 0 else options
         values = np.full((len(allowed), records.clips, budget + 1), -np.inf)
-        for row, passes in enumerate(allowed):
-            cost = passes - 1
-            if cost <= budget:
-                values[row, :, cost:] = best[:, : budget + 1 - cost] + gain[:, chunk, passes - 1, None]
+        for row, extra in enumerate(option - 1 for option in allowed):
+            if extra <= budget:
+                values[row, :, extra:] = best[:, : budget + 1 - extra] + gain[:, chunk, extra, None]
         choice = values.argmax(0)
         best = np.take_along_axis(values, choice[None], 0)[0]
         choices.append(np.array(allowed)[choice])

@@ -41,9 +41,9 @@ class CodecTraining:
     first_frame_share: float = 0.35
     pool: int = 600
     refresh_every: int = 2
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 1e-3
     warmup_steps: int = 100
-    latent_noise: float = 0.1
+    latent_noise: float = 0.05
     moment_weight: float = 0.02
     difference_weight: float = 1.0
     colour_weight: float = 3.0
@@ -173,6 +173,31 @@ def measure_latents(codec: ConvCodec, clips: Tensor) -> None:
     codec.latent_std.copy_(latents.std(dim=1))
 
 
+@torch.no_grad()
+def start_at_principal_components(codec: ConvCodec, render: RenderClip, clips: int = 60) -> None:
+    """Set the linear paths to the whitened principal components of cells (8x8 pixels of four frames), coloured cells
+    weighted up as in the loss, for clips uint8 [T, H, W, 3] of seeds 0, 1, …"""
+    size, fold = codec.spatial_factor, codec.spatial_factor // 2
+    width = codec.temporal_factor * 3 * size**2
+    total, weights = torch.zeros(width, width), 0.0
+    for seed in range(clips):
+        frames = torch.from_numpy(render(seed)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        frames = torch.cat([frames[:, :, :1].expand(-1, -1, 4, -1, -1), frames[:, :, 1:]], 2)
+        stacked = frames.unflatten(2, (-1, 4)).permute(0, 2, 3, 1, 4, 5).flatten(0, 1).flatten(1, 2)
+        cells = torch.nn.functional.pixel_unshuffle(stacked, size).permute(0, 2, 3, 1).reshape(-1, width)
+        pixels = cells.view(len(cells), 4, 3, -1)
+        weight = 1 + 20 * (pixels.amax(2) - pixels.amin(2)).mean((1, 2))
+        total += (cells * weight[:, None]).T @ cells
+        weights += float(weight.sum())
+    values, vectors = torch.linalg.eigh(total / weights)
+    scale = values[-codec.config.z :].flip(0).sqrt()
+    # [z, channels, 8, 8] in the order of pixel_unshuffle by 8; the paths work on pixels folded by 4 in cells of 2x2.
+    components = vectors[:, -codec.config.z :].flip(1).T.unflatten(1, (-1, 2, fold, 2, fold)).permute(0, 1, 3, 5, 2, 4)
+    kernel = components.reshape(codec.config.z, -1, 2, 2)
+    codec.encoder.linear.weight.copy_(kernel / scale[:, None, None, None])
+    codec.decoder.linear.weight.copy_((kernel * scale[:, None, None, None]).flatten(1).T[..., None, None])
+
+
 def save_codec(codec: ConvCodec, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write ``config.json`` and ``model.safetensors`` into ``folder``."""
     from safetensors.torch import save_file
@@ -227,6 +252,7 @@ def train_codec(
         run.restore()
     else:
         (out / "losses.jsonl").unlink(missing_ok=True)
+        start_at_principal_components(run.codec, render)
     if run.progress() < 1:
         run.train(render, bf16, checkpoint_seconds)
     held_out = torch.stack([torch.from_numpy(render(HELD_OUT_SEED + index)) for index in range(stats_clips)])

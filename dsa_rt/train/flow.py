@@ -45,6 +45,7 @@ def train_flow(
     assert isinstance(model, WanModel) and isinstance(encoder, GrammarTextEncoder)
     done = folder / "flow.safetensors"
     if not done.exists():
+        nn.init.zeros_(model.head.head.weight)  # the first prediction is no velocity at all
         ema = EMA(pair, 0.998)
         optimizer = torch.optim.AdamW(pair.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
         loop = Loop(

@@ -52,7 +52,7 @@ SCALES = {
 
 def generator_config(form: str) -> WanConfig:
     return WanConfig(
-        dim=192, ffn_dim=768, heads=3, layers=6, in_channels=8, out_channels=8, text_dim=128, text_length=MAX_WORDS,
+        dim=192, ffn_dim=768, heads=3, layers=6, in_channels=12, out_channels=12, text_dim=128, text_length=MAX_WORDS,
         form=form,
     )  # fmt: skip
 

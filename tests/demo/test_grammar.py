@@ -97,7 +97,9 @@ def test_words_spell_the_prompt() -> None:
 
 
 def test_one_scene_is_one_row_however_it_is_said() -> None:
-    assert tokenize("RED square Bouncing and blue circle resting") == tokenize("a red square bouncing, a blue circle at rest")
+    assert tokenize("RED square Bouncing and blue circle resting") == tokenize(
+        "a red square bouncing, a blue circle at rest"
+    )
 
 
 def test_the_empty_prompt_is_all_padding() -> None:

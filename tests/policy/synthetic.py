@@ -1,4 +1,5 @@
-"""Calibration records of known structure: chunks of differing difficulty, errors that fall with diminishing returns."""
+"""Calibration records of known structure: chunks of differing difficulty, errors that fall with diminishing
+returns."""
 
 from __future__ import annotations
 
@@ -23,9 +24,9 @@ def synthetic_records(
 ) -> Records:
     """strength: correlation of a confidence's logit with the log error at its level (negative sign).
 
-    Log difficulty (standard deviation ``spread``) is a clip's own share plus a chain along its chunks. Each pass
-    leaves about ``decay`` of the difficulty, differing from chunk to chunk. Levels have confidences of different
-    means, as real heads do.
+    Log difficulty (standard deviation ``spread``) is a clip's own share plus a chain along its chunks. Each
+    pass leaves about ``decay`` of the difficulty, differing from chunk to chunk. Levels have confidences of
+    different means, as real heads do.
     """
     generator = np.random.default_rng(seed)
     clip = generator.normal(size=(clips, 1))

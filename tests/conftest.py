@@ -1,0 +1,44 @@
+"""One thread, and runtimes of small random bundles (:mod:`tiny`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_bundle
+
+from dsa_rt.runtime import Runtime, load
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors: more threads cost time, and the machine may be shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def causal_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bundles") / "causal", "causal")
+
+
+@pytest.fixture(scope="session")
+def causal(causal_bundle: Path) -> Runtime:
+    """A streaming runtime with random weights and a head, fp32."""
+    return load(causal_bundle, dtype="fp32")
+
+
+@pytest.fixture(scope="session")
+def headless(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+    """The same without a confidence head."""
+    return load(make_bundle(tmp_path_factory.mktemp("bundles") / "headless", "causal", with_head=False), dtype="fp32")
+
+
+@pytest.fixture(scope="session")
+def many_step(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+    """A many-step runtime with random weights, three steps, guidance 2.5, fp32."""
+    return load(make_bundle(tmp_path_factory.mktemp("bundles") / "many", "bidirectional"), dtype="fp32")

@@ -1,0 +1,80 @@
+"""Helpers of the op tests: random inputs inside guarded buffers, and every path that can serve a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dsa_rt import _native
+
+# Every way to compute a step op on this machine: each instruction set of the native module, and the definition.
+PATHS = [*_native.build_info()["instruction_sets"], "torch"]
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Fresh numbers in every run; pytest prints the seed when a test fails."""
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
+    print(f"random seed {seed}")
+    torch.manual_seed(seed)
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+class Guarded:
+    """A tensor whose rows lie apart in a larger buffer of sentinels, and the check that these were left alone."""
+
+    def __init__(self, value: Tensor, gap: int = 3) -> None:
+        *outer, width = value.shape
+        padded = [size + gap for size in outer] + [width + gap]
+        self._buffer = torch.full(padded, 77, dtype=value.dtype)
+        inside = tuple(slice(1, 1 + size) for size in (*outer, width))
+        self._mask = torch.ones(padded, dtype=torch.bool)
+        self._mask[inside] = False
+        self.tensor = self._buffer[inside]
+        self.tensor.copy_(value)
+
+    def intact(self) -> bool:
+        return bool((self._buffer[self._mask] == 77).all())
+
+
+def poison(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An output that shows where nothing was written: NaN everywhere."""
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit, except that any NaN equals any NaN."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    integer = {4: torch.int32, 2: torch.int16}[a.element_size()]
+    either = a.contiguous().view(integer) == b.contiguous().view(integer)
+    return bool((either | (a.isnan() & b.isnan())).all())
+
+
+def call(path: str, op: str, *arguments: object, threads: int = 1) -> None:
+    """Runs ``op`` with the native argument order on one path, past the dispatcher."""
+    from dsa_rt.ops import step
+
+    if path != "torch":
+        getattr(_native, op)(*arguments, threads=threads, instruction_set=path)
+        return
+    reorder: dict[str, Callable[..., None]] = {
+        "philox_normal": step.philox_normal,
+        "renoise": lambda out, x0, x, v, seeds, tokens, sigma, sigma_next, draw, backend: step.renoise(
+            out, x, v, sigma, sigma_next, seeds, tokens, draw, x0, backend=backend
+        ),
+        "cached_step": lambda x, cache, score, rows, fresh, delta, backend: step.cached_step(
+            x, cache, rows, fresh, delta, score, backend=backend
+        ),
+        "exit_decision": step.exit_decision,
+    }
+    reorder[op](*arguments, backend="torch")
