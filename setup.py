@@ -26,14 +26,14 @@ class CMakeBuild(build_ext):
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        cuda = os.environ.get("DSA_RT_CUDA", "AUTO").upper()
+        if cuda not in ("AUTO", "ON", "OFF"):
+            raise SystemExit(f"DSA_RT_CUDA is {cuda!r}, expected AUTO, ON or OFF")
         ninja = shutil.which("ninja")
         build = Path(self.build_temp).resolve()
         if self.editable_mode or self.inplace:  # kept, so that the next build compiles only what changed
             build = ROOT / "build" / f"{sys.implementation.cache_tag}-{'ninja' if ninja else 'default'}"
         build.mkdir(parents=True, exist_ok=True)
-        cuda = os.environ.get("DSA_RT_CUDA", "AUTO").upper()
-        if cuda not in ("AUTO", "ON", "OFF"):
-            raise SystemExit(f"DSA_RT_CUDA is {cuda!r}, expected AUTO, ON or OFF")
         configure = [
             "cmake",
             f"-S{ROOT}",

@@ -1,4 +1,5 @@
-"""What every benchmark shares: the fingerprint of a result, tables, JSON, percentiles and the first arguments."""
+"""What every benchmark shares: the fingerprint of a result, tables, JSON, percentiles and the first
+arguments."""
 
 from __future__ import annotations
 
@@ -23,15 +24,24 @@ ROOT = Path(__file__).resolve().parents[1]
 BUSY = 0.35  # load per core above which other work is likely to be in a timing
 
 
-def parser(program: str, about: str, *, bundle: str | None = "demo", threads: bool = True) -> argparse.ArgumentParser:
-    """The arguments that programs have in common. bundle, threads: leave out what a program has no use for."""
+def parser(
+    program: str, about: str, *, bundle: str | None = "demo", threads: bool = True
+) -> argparse.ArgumentParser:
+    """The arguments that programs have in common. bundle, threads: leave out what a program has no use
+    for."""
     made = argparse.ArgumentParser(prog=f"python -m bench.{program}", description=about, allow_abbrev=False)
     if bundle is not None:
-        made.add_argument("--bundle", default=bundle, help="a bundle's folder, or a name that comes with the package")
+        made.add_argument(
+            "--bundle", default=bundle, help="a bundle's folder, or a name that comes with the package"
+        )
         made.add_argument("--dtype", default="auto", help="fp32, bf16, fp16 or auto (default)")
     if threads:
-        made.add_argument("--threads", type=positive, default=os.cpu_count() or 1, help="torch threads (all cores)")
-    made.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for JSON and pictures")
+        made.add_argument(
+            "--threads", type=positive, default=os.cpu_count() or 1, help="torch threads (all cores)"
+        )
+    made.add_argument(
+        "--out", type=Path, default=ROOT / "bench" / "results", help="folder for JSON and pictures"
+    )
     made.add_argument("--quiet", action="store_true", help="no progress bar")
     return made
 
@@ -57,7 +67,8 @@ def positive(text: str) -> int:
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Policy names from one argument, for argparse: spaces between them, as commas stand between a policy's options."""
+    """Policy names from one argument, for argparse: spaces between them, as commas stand between a policy's
+    options."""
     return tuple(text.split())
 
 
@@ -66,8 +77,8 @@ def fingerprint(
 ) -> dict[str, Any]:
     """Where, when, of what and how a result was made, JSON-ready; take it before the measurement starts.
 
-    warm_up: what was run and thrown away before the first figure. included: what figures contain and what they do not.
-    """
+    warm_up: what was run and thrown away before the first figure. included: what figures contain and what
+    they do not."""
     stated = vars(settings) if isinstance(settings, argparse.Namespace) else settings
     return {
         "program": f"bench.{program}",
@@ -83,10 +94,15 @@ def fingerprint(
 
 
 def commit() -> str | None:
-    """The checked-out commit, with "+changes" where tracked files differ from it; None outside a repository."""
+    """The checked-out commit, with "+changes" where tracked files differ from it; None outside a
+    repository."""
     try:
         head = _git("rev-parse", "HEAD")
-        return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results") else "")
+        return head + (
+            "+changes"
+            if _git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")
+            else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -141,7 +157,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(header))]
 
     def text(line: Sequence[str]) -> str:
-        cells = [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
+        cells = [
+            line[0].ljust(widths[0]),
+            *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True)),
+        ]
         return f"| {' | '.join(cells)} |"
 
     rule = "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])])
@@ -158,7 +177,9 @@ def write_json(folder: Path, name: str, result: Mapping[str, Any], *, indent: in
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(_plain(result), indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+        temporary.write_text(
+            json.dumps(_plain(result), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+        )
     return path
 
 

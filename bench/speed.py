@@ -1,13 +1,14 @@
-"""How fast the demo clip is made, policy by policy: frames per second three ways, latency, and whether it keeps up.
+"""How fast the demo clip is made, policy by policy: frames per second three ways, latency, and whether it
+keeps up.
 
     python -m bench.speed
 
-Every figure is the median over runs with the 20th and 80th percentile, after warm-up. Policies take turns run by run,
-so that a change of the machine's clock meets all of them alike.
-"""
+Every figure is the median over runs with the 20th and 80th percentile, after warm-up. Policies take turns run
+by run, so that a change of the machine's clock meets all of them alike."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ POLICIES = (
 )
 INCLUDES = [
     *INCLUDED,
-    "time to first frame: from the call to the first chunk's frames in the caller's hands, text encoder included",
+    "time to first frame: from the call to the first chunk's frames in the caller's hands, text included",
     "time between chunks: from one chunk in the caller's hands to the next; the caller keeps nothing waiting",
     "first frames early: chunk 0 was handed out before the context pass of chunk 1, by the order of events",
     "stall: how long a player that starts with the first chunk and plays on would have waited in all",
@@ -40,8 +41,9 @@ INCLUDES = [
 
 @dataclass(frozen=True)
 class Run:
-    """One timed clip. gaps_ms: between chunks handed out. passes_before_first_frame: denoise passes of the second chunk
-    that had run when the first was handed out; early: that was before the second chunk was denoised."""
+    """One timed clip. gaps_ms: between chunks handed out. passes_before_first_frame: denoise passes of the
+    second chunk that had run when the first was handed out; early: that was before the second chunk was
+    denoised."""
 
     stats: Stats
     first_frame_ms: float
@@ -67,7 +69,7 @@ def time_clip(generate: Generate, prompt: str, seed: int) -> Run:
     stats = session.stats()
     before = order[: order.index(("out", 0))]
     return Run(
-        stats, handed_out[0], tuple(b - a for a, b in zip(handed_out, handed_out[1:], strict=False)),
+        stats, handed_out[0], tuple(b - a for a, b in itertools.pairwise(handed_out)),
         _stall(handed_out, stats), before.count(("pass", 1)), ("context", 1) not in before,
     )  # fmt: skip
 
@@ -169,9 +171,13 @@ def report(rows: Mapping[str, Mapping[str, Any]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write ``speed.json``; 1 where the default policy does not reach what it must."""
     parse = common.parser("speed", "Frames per second, latency and pace of the demo clip under each policy.")
-    parse.add_argument("--policies", type=common.names, default=common.names(POLICIES), help="names, spaces between")
+    parse.add_argument(
+        "--policies", type=common.names, default=common.names(POLICIES), help="names, spaces between"
+    )
     parse.add_argument("--runs", type=common.positive, default=12, help="timed clips of each policy")
-    parse.add_argument("--warm-up", type=common.positive, default=2, help="clips of each policy that are thrown away")
+    parse.add_argument(
+        "--warm-up", type=common.positive, default=2, help="clips of each policy that are thrown away"
+    )
     parse.add_argument("--frames", type=common.positive, help="length of the clip (the bundle's)")
     options = parse.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -194,8 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(report(rows))
     for name, reason in refused.items():
         print(f"not run: {name}: {reason}")
-    print(f"median (p20-p80) of {options.runs} clips, {torch.get_num_threads()} threads; faster than it plays: the "
-          f"slowest of them, end to end, against {runtime.manifest.fps:g} frames a second")  # fmt: skip
+    print(f"median (p20-p80) of {options.runs} clips, {torch.get_num_threads()} threads; faster than it "
+          f"plays: the slowest of them, end to end, against {runtime.manifest.fps:g} frames a second")  # fmt: skip
     if busy := common.warn_if_busy(result):
         print(busy)
     print("written:", common.show_path(common.write_json(options.out, "speed.json", result)))

@@ -45,6 +45,7 @@ class KVCache:
         if not 0 <= sink < window:
             raise OptionError(f"sink is {sink} latent frames; expected 0 <= sink < window ({window})")
         self.window, self.sink, self.tokens_per_frame = window, sink, tokens_per_frame
+        self._first = sink  # the frame that opens the ring
         shape = (layers, batch, window * tokens_per_frame, heads, head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
@@ -53,7 +54,12 @@ class KVCache:
         """Which of the ``window`` places latent frame ``frame`` takes."""
         if frame < self.sink:
             return frame
-        return self.sink + (frame - self.sink) % (self.window - self.sink)
+        return self.sink + (frame - self._first) % (self.window - self.sink)
+
+    def restart(self, frame: int) -> None:
+        """Empty the ring; ``frame``, after the sink, is the next one it takes. For writing the K/V of the frames in
+        the window again, oldest first: each then attends to those before it and to nothing else."""
+        self._first = max(frame, self.sink)
 
     def slots(self, frames: range) -> Tensor:
         """Cache rows [len(frames) * tokens_per_frame] int64 of consecutive frames."""
@@ -67,7 +73,8 @@ class KVCache:
 
     def valid(self, frames_seen: int) -> int:
         """Rows [0, valid) hold K/V once ``frames_seen`` frames have been written."""
-        return min(frames_seen, self.window) * self.tokens_per_frame
+        in_ring = min(max(frames_seen - self._first, 0), self.window - self.sink)
+        return (min(frames_seen, self.sink) + in_ring) * self.tokens_per_frame
 
     def update(self, layer: int, k: Tensor, v: Tensor, active: ActiveSet) -> tuple[Tensor, Tensor]:
         """Write k, v [B, A, H, D] into the rows of the active set; returns the attended K and V [B, valid, H, D].

@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import dsa_rt
 from dsa_rt import commands
 from dsa_rt.errors import BundleError, Cancelled, DsaRtError, MemoryLimitError, OptionError, OutputError
+from dsa_rt.interrupts import interruptible, load_modules
 
 EXIT_CODES = """exit codes:
   0  done
@@ -35,17 +36,15 @@ EXIT_CODES = """exit codes:
 """
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal asked the program to stop."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; arguments default to those of the process."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     show_traceback = "--traceback" in given
     signals: list[int] = []
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail
     try:
-        with _interruptible(signals):
+        with interruptible(signals):
             code = _run(given)
             sys.stdout.flush()  # a full disk or closed pipe behind stdout is an error too
             return code
@@ -62,14 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             return code
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), 1
-        )  # else the interpreter fails once more when it flushes at exit
+        # stdout cannot be written: or else the interpreter would fail once more when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return code
 
 
 def _run(given: list[str]) -> int:
     if given[:1] == ["train"]:  # has its own options
+        load_modules("torch")
         from dsa_rt.train.__main__ import main as train
 
         return train(given[1:]) or 0
@@ -79,7 +78,7 @@ def _run(given: list[str]) -> int:
         return 0
     with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints, stdout stays one object
         record = options.run(options)
-    print(json.dumps(record, allow_nan=False, ensure_ascii=False))
+    print(json.dumps(record, allow_nan=False))
     return 0
 
 
@@ -189,37 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# Errors and signals -----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _interruptible(received: list[int]) -> Iterator[None]:
-    """Turns SIGINT and SIGTERM into Interrupted, and notes them in `received` as libraries may disguise it.
-
-    A Ctrl-C repeated within a second is ignored: the first is obeyed, temporary files are being removed.
-    """
-    last = -1.0
-
-    def stop(number: int, _: object) -> None:
-        nonlocal last
-        received.append(number)
-        if time.monotonic() - last > 1:
-            last = time.monotonic()
-            raise Interrupted
-
-    try:
-        heard = [
-            number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN
-        ]
-        before = {number: signal.signal(number, stop) for number in heard}
-    except ValueError:  # not the main thread: signals are the embedder's
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+# Errors -----------------------------------------------------------------------------------------
 
 
 def _explain(error: BaseException, signals: Sequence[int]) -> tuple[int, str]:

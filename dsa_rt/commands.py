@@ -14,6 +14,7 @@ import time
 from typing import Any, cast
 
 from dsa_rt.errors import OptionError
+from dsa_rt.interrupts import load_modules
 
 
 def generate(options: argparse.Namespace) -> dict[str, Any]:
@@ -38,6 +39,8 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
     spent = _Stopwatch()
     with ProgressBar(enabled=not quiet) as bar:
         bar.stage(f"loading {options.bundle}")
+        charting = ["matplotlib.figure", "matplotlib.backends.backend_agg"] if options.chart else []
+        load_modules("dsa_rt.runtime", *charting)
         import dsa_rt
         from dsa_rt.media import Video
         from dsa_rt.stats import Stats
@@ -97,6 +100,7 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
 
 def inspect(options: argparse.Namespace) -> dict[str, Any]:
     """Checks a bundle and shows its manifest."""
+    load_modules("dsa_rt.runtime")
     from dsa_rt.bundle import describe, describe_text, open_bundle
     from dsa_rt.runtime import find_bundle
 
@@ -108,6 +112,7 @@ def inspect(options: argparse.Namespace) -> dict[str, Any]:
 
 def doctor(options: argparse.Namespace) -> dict[str, Any]:
     """Shows what was found on this machine."""
+    load_modules("torch")
     from dsa_rt.doctor import examine, report
 
     found = examine()
@@ -118,6 +123,7 @@ def doctor(options: argparse.Namespace) -> dict[str, Any]:
 
 def prompts(options: argparse.Namespace) -> dict[str, Any]:
     """Shows what the demo understands, with examples."""
+    load_modules("dsa_rt.demo.grammar")
     from dsa_rt.demo import grammar
 
     examples = grammar.example_prompts()

@@ -45,7 +45,9 @@ def export(
     weights in the files. Raises BundleError, OutputError, OptionError.
     """
     if (model.config.form == "causal") != (chunk_frames is not None):
-        raise OptionError("chunk_frames belongs to a causal generator and to no other; model.config.form says which it is")
+        raise OptionError(
+            "chunk_frames belongs to a causal generator and to no other; model.config.form says which it is"
+        )
     manifest = Manifest(
         name=name,
         architecture={"kind": "wan", **model.config.to_dict()},
@@ -66,7 +68,8 @@ def export(
     parts: dict[str, nn.Module] = {"generator": model, "codec": codec, "text_encoder": text_encoder}
     if head is not None:
         parts["confidence_head"] = head
-    return write_bundle(path, manifest, {key: _weights(part, dtype) for key, part in parts.items()}, overwrite=overwrite)
+    tensors = {key: _weights(part, dtype) for key, part in parts.items()}
+    return write_bundle(path, manifest, tensors, overwrite=overwrite)
 
 
 def _weights(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:

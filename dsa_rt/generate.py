@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from threading import Event as CancelFlag
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from dsa_rt.errors import Cancelled, OptionError
 from dsa_rt.media import Video
 from dsa_rt.memory import MemoryPlan
 from dsa_rt.ops import backend
-from dsa_rt.policy import Calibration, Decider, Policy
+from dsa_rt.policy import Calibration, Decider, Fixed, Policy
 from dsa_rt.policy.targets import Cost
 from dsa_rt.progress import Event, EventKind
 from dsa_rt.sampler.ode import solve
@@ -80,9 +81,8 @@ class Generate:
         """Run every kind of pass once, and time them where the policy's target is a speed."""
         settings = self.settings
         rounds = 3 if settings.policy.needs_cost else 1
-        quick = replace(settings, policy=_dense(), sigmas=settings.sigmas if settings.causal else (1.0, 0.0))
-        probe = Generate.__new__(Generate)
-        probe.runtime, probe.settings, probe._calibration, probe._cost = self.runtime, quick, None, None
+        sigmas = settings.sigmas if settings.causal else (1.0, 0.0)
+        probe = Generate(self.runtime, replace(settings, policy=Fixed(), sigmas=sigmas))
         chunks: list[ChunkStats] = []
         text_seconds = 0.0
         for number in range(rounds):
@@ -126,7 +126,7 @@ class Generate:
         self, prompt: str, seed: int = 0, on_event: OnEvent | None = None, cancel: CancelFlag | None = None
     ) -> Iterator[Chunk]:
         """The clip chunk by chunk, each as soon as it is decoded; bit for bit the frames of a call."""
-        session = Session(self, prompt, seed, chunks=self._session_chunks, on_event=on_event, cancel=cancel)
+        session = Session(self, prompt, seed, chunks=self.settings.chunks, on_event=on_event, cancel=cancel)
         return iter(session)
 
     def session(
@@ -141,16 +141,14 @@ class Generate:
         """A clip in the caller's hands: chunks on demand, prompt changes between them; ``endless``: beyond the compiled
         length, in the memory of the compiled window."""
         if endless and not self.settings.causal:
-            raise OptionError("endless=True needs an autoregressive bundle; this generator makes the whole clip at once")
-        chunks = None if endless else self._session_chunks
+            raise OptionError(
+                "endless=True needs an autoregressive bundle; this generator makes the whole clip at once"
+            )
+        chunks = None if endless else self.settings.chunks
         return Session(self, prompt, seed, chunks=chunks, on_event=on_event, cancel=cancel)
 
-    @property
-    def _session_chunks(self) -> int:
-        return self.settings.chunks
-
     def _clip(self, prompt: str, seed: int, on_event: OnEvent | None, cancel: CancelFlag | None) -> Video:
-        session = Session(self, prompt, seed, chunks=self._session_chunks, on_event=on_event, cancel=cancel)
+        session = Session(self, prompt, seed, chunks=self.settings.chunks, on_event=on_event, cancel=cancel)
         chunks = list(session)
         frames = torch.cat([c.frames for c in chunks])
         latents = torch.cat([c.latents for c in chunks], 1)
@@ -203,19 +201,24 @@ class Session:
         if self._closed:
             raise OptionError("this session is closed; start another one")
         if self.chunks is not None and len(self._finished) >= self.chunks:
-            raise OptionError(f"the clip has {self.chunks} chunks and all are made; ask for an endless session to go on")
-        index = len(self._finished)
+            raise OptionError(
+                f"the clip has {self.chunks} chunks and all are made; ask for an endless session to go on"
+            )
+        with self._whole_or_closed():
+            return self._make_chunk(len(self._finished))
+
+    def _make_chunk(self, index: int) -> Chunk:
         self._check()
         if self._rollout is not None:
             done = self._rollout.next_chunk(self._on_pass, self._check)
             self._remember(done)
+            self._emit("context", passes=done.passes)
         else:
             empty = None if self.settings.guidance == 1 else self._read("", _silence(self._runtime))
             done = solve(
                 self._runtime.model, self.settings.grid, range(self.settings.latent_frames), self._text, empty,
                 self.settings.sigmas, self.settings.guidance, self.seed, self._on_pass, self._check,
             )  # fmt: skip
-        self._emit("context", passes=done.passes)
         self._check()
         chunk = self._decode(done)
         self._finished.append(chunk.stats)
@@ -226,18 +229,42 @@ class Session:
         return chunk
 
     def set_prompt(self, prompt: str, recache: bool = False) -> None:
-        """Another prompt from the next chunk on. recache: also rewrite the K/V of the chunks in the window under the new
-        prompt, so that the old scene pulls less; costs a context pass for each of them."""
-        if self._rollout is None:
-            raise OptionError("a prompt cannot change inside a clip that is made whole; use an autoregressive bundle")
+        """Another prompt from the next chunk on. recache: also rewrite the K/V of the frames in the window under the
+        new prompt, so that the old scene pulls less; costs a context pass for each of their chunks."""
         if self._closed:
             raise OptionError("this session is closed; start another one")
+        if self._rollout is None:
+            raise OptionError("a prompt cannot change inside a clip that is made whole; use an autoregressive bundle")
         self._rollout.passes.text = self._read(prompt)
         self.prompt = prompt
-        if recache:
-            for frames, x0 in self._recent:
-                self._check()
-                self._rollout.passes.write_context(x0, self._rollout.passes.active(frames))
+        if recache and self._recent:
+            with self._whole_or_closed():
+                self._recache(self._rollout.passes)
+
+    def _recache(self, passes: ChunkPasses) -> None:
+        """Context passes over the frames of the window, oldest first, each seeing those before it. The window may have
+        cut a chunk: what has left it stays out."""
+        sink = self.settings.sink
+        first = max(sink, self._recent[-1][0].stop - (self.settings.window - sink))
+        passes.cache.restart(first)
+        for frames, x0 in self._recent:
+            cut = [range(frames.start, min(sink, frames.stop)), range(max(first, frames.start), frames.stop)]
+            for part in [frames] if first == sink else cut:
+                if part:
+                    self._check()
+                    rows = slice((part.start - frames.start) * self.settings.grid.tokens,
+                                 (part.stop - frames.start) * self.settings.grid.tokens)  # fmt: skip
+                    passes.write_context(x0[:, rows], passes.active(part))
+
+    @contextmanager
+    def _whole_or_closed(self) -> Iterator[None]:
+        """Closes the session on any exception: half a chunk may be in its caches, and what would follow is not the
+        clip that was asked for."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Give the caches back. Iterating to the end does it too."""
@@ -301,7 +328,9 @@ class Session:
     def _on_pass(self, passes: int, confidence: float | None) -> None:
         self._emit("pass", passes=passes, confidence=confidence)
 
-    def _emit(self, kind: EventKind, index: int | None = None, passes: int = 0, confidence: float | None = None) -> None:
+    def _emit(
+        self, kind: EventKind, index: int | None = None, passes: int = 0, confidence: float | None = None
+    ) -> None:
         if self._on_event is not None:
             chunk = len(self._finished) if index is None else index
             self._on_event(
@@ -310,17 +339,10 @@ class Session:
 
     def _check(self) -> None:
         if self._cancel is not None and self._cancel.is_set():
-            self.close()
             raise Cancelled(f"cancelled in chunk {len(self._finished)}, before it was done")
 
     def _elapsed_ms(self) -> float:
         return 1000 * (time.perf_counter() - self._started)
-
-
-def _dense() -> Policy:
-    from dsa_rt.policy import Fixed
-
-    return Fixed()
 
 
 def _silence(runtime: Runtime) -> Tensor:

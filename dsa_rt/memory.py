@@ -44,7 +44,8 @@ class MemoryPlan:
             if bound is not None and self.total > bound:
                 parts = {"kv_cache": "a smaller window", "activations": "a smaller height or width",
                          "output": "fewer frames, or stream() in place of a whole clip",
-                         "decode": "a smaller height or width", "weights": "dtype='bf16' or a smaller bundle"}  # fmt: skip
+                         "decode": "a smaller height or width",
+                         "weights": "dtype='bf16' or a smaller bundle"}  # fmt: skip
                 largest = max(parts, key=lambda name: getattr(self, name))
                 raise MemoryLimitError(
                     f"this needs {self.total / 1e6:.1f} MB, but {what} is {bound / 1e6:.1f} MB. The largest part is "
@@ -69,7 +70,10 @@ def parse_bytes(value: int | str | None) -> int | None:
     if value is None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b?)\s*", str(value).lower())
-    size = float(match[1]) * _UNITS.get(match[2] if match[2].endswith("b") or not match[2] else match[2] + "b", 0) if match else 0
+    size = 0.0
+    if match:
+        unit = match[2] if match[2].endswith("b") or not match[2] else match[2] + "b"
+        size = float(match[1]) * _UNITS.get(unit, 0)
     if size < 1:
         raise OptionError(f"memory limit {value!r} is not a size; expected bytes or text such as '2GB' or '512MiB'")
     return int(size)

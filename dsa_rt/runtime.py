@@ -65,13 +65,14 @@ def load(
             head = ConfidenceHead(opened.config("confidence_head", ConfidenceConfig))
             if head.config.dim != model.config.dim or head.config.taps[-1] >= model.config.layers:
                 raise BundleError(
-                    f"bundle '{opened.path}': confidence_head taps {head.config.taps} of width {head.config.dim} do not "
-                    f"fit a generator of {model.config.layers} blocks of width {model.config.dim}"
+                    f"bundle '{opened.path}': confidence_head taps {head.config.taps} of width {head.config.dim} do "
+                    f"not fit a generator of {model.config.layers} blocks of width {model.config.dim}"
                 )
     codec = ConvCodec(opened.config("codec", _kind(opened, "codec", ConvCodec.kind, ConvCodecConfig)))
     text = GrammarTextEncoder(
         opened.config("text_encoder", _kind(opened, "text_encoder", GrammarTextEncoder.kind, GrammarTextConfig))
     )
+    _check_fit(opened, model.config, codec, text.config)
     parts: list[tuple[str, nn.Module | None, torch.dtype]] = [
         ("generator", model, number), ("confidence_head", head, number), ("codec", codec, number),
         ("text_encoder", text, torch.float32),
@@ -83,8 +84,27 @@ def load(
         if module is not None:
             module.load_state_dict(opened.load(component, place, kind), assign=True)
             module.requires_grad_(False).eval()
-    codec.to(memory_format=torch.channels_last)
+    codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it alone
     return Runtime(opened, model, head, codec, text, place, number)
+
+
+def _check_fit(bundle: Bundle, model: WanConfig, codec: ConvCodec, text: GrammarTextConfig) -> None:
+    """:class:`BundleError` where parts of a bundle have sizes that do not go together."""
+    latent = bundle.manifest.latent
+    pairs = [
+        ("generator in_channels", model.in_channels, "codec channels", codec.latent_channels),
+        ("generator out_channels", model.out_channels, "codec channels", codec.latent_channels),
+        ("latent channels", latent.channels, "codec channels", codec.latent_channels),
+        ("latent spatial", latent.spatial, "codec spatial factor", codec.spatial_factor),
+        ("latent temporal", latent.temporal, "codec temporal factor", codec.temporal_factor),
+        ("generator text_dim", model.text_dim, "text_encoder dim", text.dim),
+        ("generator text_length", model.text_length, "text_encoder length", text.length),
+    ]
+    for name, value, other, expected in pairs:
+        if value != expected:
+            raise BundleError(
+                f"bundle '{bundle.path}': {name} is {value} but {other} is {expected}; its parts do not belong together"
+            )
 
 
 def _kind(bundle: Bundle, part: str, known: str, config: type[Any]) -> type[Any]:

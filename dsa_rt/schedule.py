@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -33,7 +34,8 @@ def few_step_sigmas(timesteps: Sequence[float], shift: float) -> list[float]:
     Gives [1, 0.9375, 0.8333, 0.625] for those: one level per pass, highest first.
     """
     levels = [shift_sigma(t / TRAIN_TIMESTEPS, shift) for t in timesteps]
-    if not levels or any(b >= a for a, b in zip(levels, levels[1:], strict=False)) or not 0 < levels[-1] <= levels[0] <= 1:
+    falling = all(a > b for a, b in itertools.pairwise(levels))
+    if not levels or not falling or not 0 < levels[-1] <= levels[0] <= 1:
         raise OptionError(f"few-step timesteps are {list(timesteps)}; expected falling values in (0, 1000]")
     return levels
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-
 from dsa_rt.cache import cache_bytes
 from dsa_rt.errors import OptionError, PolicyError, ShapeError
 from dsa_rt.memory import MemoryPlan, parse_bytes
@@ -83,7 +82,9 @@ def settle(
     else:
         for name, value in (("window", window), ("sink", sink)):
             if value is not None:
-                raise OptionError(f"{name}={value} was given, but this generator sees the whole clip at once; leave it out")
+                raise OptionError(
+                    f"{name}={value} was given, but this generator sees the whole clip at once; leave it out"
+                )
         default = manifest.schedule.steps if isinstance(manifest.schedule.steps, int) else len(manifest.schedule.steps)
         sigmas = euler_sigmas(_whole("steps", default if steps is None else steps), manifest.schedule.shift)
         guidance = manifest.guidance if guidance_scale is None else float(guidance_scale)
@@ -153,8 +154,8 @@ def _policy(policy: str | Policy | None, causal: bool, has_head: bool) -> Policy
     chosen = parse_policy(policy if policy is not None else "dsa" if causal and has_head else "dense")
     if not causal and chosen != Fixed():
         raise PolicyError(
-            f"policy {chosen.name} decides passes per chunk, but this many-step generator makes the whole clip at once; "
-            "use policy='dense' with it, or a few-step bundle such as 'demo'"
+            f"policy {chosen.name} decides passes per chunk, but this many-step generator makes the whole clip at "
+            "once; use policy='dense' with it, or a few-step bundle such as 'demo'"
         )
     return chosen
 

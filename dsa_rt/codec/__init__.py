@@ -1,16 +1,13 @@
-"""Text encoders and video codecs, behind two small interfaces and found by the kind a bundle names.
+"""Text encoders and video codecs, behind two small interfaces.
 
-A codec or text encoder is a ``torch.nn.Module`` that has one of the protocols below, is built by
-``from_dict(sizes)`` from plain JSON values and gets its weights by ``load_state_dict``.
+Each implementation is a ``torch.nn.Module`` with one of the protocols below; ``kind`` is the name that a
+bundle's manifest knows it by.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
-
-from dsa_rt.errors import BundleError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,8 +20,8 @@ class StreamDecoder(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """The next normalised latents [B, z, f, h, w] -> their frames [B, 3, t, H, W] in [-1, 1].
 
-        The first latent frame of a clip is one video frame, each later one ``temporal_factor`` frames. How a clip
-        is portioned does not change a bit of the result.
+        The first latent frame of a clip is one video frame, each later one ``temporal_factor`` frames. How a
+        clip is portioned does not change a bit of the result.
         """
         ...
 
@@ -55,7 +52,7 @@ class VideoCodec(Protocol):
     def stream_decoder(self, batch: int = 1) -> StreamDecoder: ...
 
     def to_dict(self) -> dict[str, Any]:
-        """Sizes as plain JSON values, what ``from_dict`` takes."""
+        """Sizes as plain JSON values, for the manifest."""
         ...
 
 
@@ -65,31 +62,6 @@ class TextEncoder(Protocol):
 
     kind: str
 
-    def encode(self, prompts: list[str]) -> Tensor:
+    def encode(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> [B, words, text_dim]; ``PromptError`` when one is not understood or too long."""
         ...
-
-    def to_dict(self) -> dict[str, Any]:
-        """Sizes as plain JSON values, what ``from_dict`` takes."""
-        ...
-
-
-VIDEO_CODECS = MappingProxyType({"conv": "dsa_rt.codec.conv:ConvCodec"})
-TEXT_ENCODERS = MappingProxyType({"grammar": "dsa_rt.codec.text:GrammarTextEncoder"})
-
-
-def video_codec_class(kind: str) -> Any:
-    """The class of a video codec by the kind that a bundle names; :class:`BundleError` when there is none."""
-    return _find(kind, VIDEO_CODECS, "video codec")
-
-
-def text_encoder_class(kind: str) -> Any:
-    """The class of a text encoder by the kind that a bundle names; :class:`BundleError` when there is none."""
-    return _find(kind, TEXT_ENCODERS, "text encoder")
-
-
-def _find(kind: str, known: MappingProxyType[str, str], what: str) -> Any:
-    if kind not in known:
-        raise BundleError(f"unknown {what} kind {kind!r}; this version of dsa_rt knows: {', '.join(known)}.")
-    module, name = known[kind].split(":")
-    return getattr(import_module(module), name)

@@ -85,7 +85,7 @@ class CausalBlock(nn.Module):
         self.tap = nn.Conv2d(channels, channels, 1, bias=False)
         self.second = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.zeros_(self.second.weight)
-        nn.init.zeros_(self.second.bias)
+        nn.init.zeros_(self.second.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, history: _Folded | _Carried) -> Tensor:
         active = F.silu(x)
@@ -175,7 +175,7 @@ class ConvCodec(nn.Module):
                     nn.init.zeros_(module.bias)
         for head in (self.encoder.head, self.decoder.head):  # at first the codec is its linear paths
             nn.init.zeros_(head.weight)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @classmethod
     def from_dict(cls, sizes: dict[str, Any]) -> ConvCodec:

@@ -38,16 +38,16 @@ BLOCK = {
 
 def wan_name(name: str) -> str:
     """Our name of a parameter of diffusers' ``WanTransformer3DModel``; :class:`BundleError` for one it has not."""
-    block = re.fullmatch(r"(blocks\.\d+\.)(.+)", name)
-    prefix, inside = block.groups() if block else ("", name)
-    module, end = re.fullmatch(r"(.+?)((?:\.(?:weight|bias))?)", inside).groups()  # type: ignore[union-attr]
-    table = BLOCK if block else MODEL
-    if module not in table or (module == "scale_shift_table") == bool(end):
+    block = re.match(r"blocks\.\d+\.", name)
+    prefix, table = (block[0], BLOCK) if block else ("", MODEL)
+    inside = name.removeprefix(prefix)
+    module = re.sub(r"\.(weight|bias)\Z", "", inside)
+    if module not in table or (module == inside) != (module == "scale_shift_table"):
         raise BundleError(
             f"tensor {name!r} is not part of a text-to-video Wan transformer; expected the parameters of diffusers' "
             "WanTransformer3DModel without image embedder"
         )
-    return prefix + table[module] + end
+    return prefix + table[module] + inside.removeprefix(module)
 
 
 def patch_rows(weight: Tensor) -> Tensor:

@@ -3,12 +3,12 @@
 For every asked object three attributes are judged by measurement (:mod:`dsa_rt.demo.track`), without a model:
 
 - colour: an object of that colour, and one only, is there in nearly every frame from its first to the end;
-- shape: the outline fits the asked shape better than the others, at a steady size, in most frames and in every
-  third of the object's time;
+- shape: the outline fits the asked shape better than the others, at a steady size, in most frames and in
+  every third of the object's time;
 - motion: the path, size and angle over the whole clip are those of the asked motion and of no other.
 
-An object that vanishes, splits, or changes colour or shape midway therefore fails. When no object of the asked
-colour is there at all, its shape and motion count as wrong too: one of another colour does not stand in for it.
+An object that vanishes, splits, or changes colour or shape midway therefore fails. When no object of the
+asked colour is there at all, its shape and motion count as wrong too: another colour does not stand in.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ LEAST_WHOLE = 0.4  # colour: less than that is a remnant, not the object
 MOST_ELSEWHERE = 0.4  # colour: more of the colour than that in other places is a second object
 STEADY_AREA = (0.7, 1.4)  # shape: outside of that the object has shrunk or swollen
 
-# Lengths in pixels of a 96 x 96 frame, angles in degrees. Measured on the world's own clips, softened too: still
-# 0.4 at most; drift 29 to 42; bounce height 34 to 54 with 3 turning points or more, 11 a frame at most; spin 150 or
-# more. The limits lie well between what they tell apart; what lies between two motions is neither.
+# Lengths in pixels of a 96 x 96 frame, angles in degrees. Measured on the world's own clips, softened too:
+# still 0.4 at most; drift 29 to 42; bounce height 32 to 48 with 2 turning points or more, 7 a frame at most;
+# spin 150 or more. The limits lie well between what they tell apart; what lies between two is neither.
 STILL = 4.0
 STILL_ANGLE = 30.0
 DRIFT = 15.0
 STRAIGHT = 4.0
 BOUNCE_HEIGHT = 20.0
-BOUNCE_SWING = 10.0
+BOUNCE_SWING = 5.0
 BOUNCE_SIDEWAYS = 10.0
 SPIN = 75.0
 LONGEST_STEP = 18.0
@@ -149,6 +149,7 @@ def _judge(found: Track | None, asked: ObjectSpec) -> ObjectScore:
             "area": usual,
             "first": float(first),
             "fit": float(np.median(found.fit.max(1)[first:])),
+            "softness": float(np.median(found.softness[first:])),
             **measured,
         },
         rgb=found.rgb,

@@ -1,8 +1,8 @@
 """Find a coloured object in the frames of a clip; measure its place, size, shape and angle by image analysis.
 
-Every ground of the demo is grey, so a pixel that an object covers partly is a mix of its colour and grey. The
-chroma of a mix (what is left of RGB without its grey part, a vector in a plane) is the object's chroma times the
-cover: hue says whose pixel it is, and chroma along that hue says how much of the pixel is covered, on any ground.
+Every ground of the demo is grey, so a pixel that an object covers partly is a mix of its colour and grey.
+The chroma of a mix (what is left of RGB without its grey part, a vector in a plane) is the object's chroma
+times the cover: hue says whose pixel it is, and chroma along that hue how much of the pixel is covered.
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ _HUE = _PALETTE / _STRENGTH[:, None]
 
 COLOURED = 0.4  # of its palette colour's chroma: paler pixels belong to no object
 VISIBLE_AREA = 45.0  # square pixels of a 96 x 96 frame: about a fifth of the smallest object of the world
-SHAPE_FIT = 0.75  # least overlap (intersection over union) with the ideal outline that counts as a shape
+SHAPE_FIT = (
+    0.8  # least overlap (intersection over union) with the ideal, equally soft, that counts as a shape
+)
+SOFTEST = 3.0  # pixels (standard deviation) of blur beyond which an outline is no shape any more
 _SIDES = {"square": 4, "triangle": 3}
 
 
 @dataclass(frozen=True)
 class Palette:
-    """The pixels of a clip by colour: ``label`` [T, H, W], index into COLOURS or -1; ``chroma`` two of [T, H, W]."""
+    """The pixels of a clip by colour: ``label`` [T, H, W] (-1: grey) and two coordinates of the chroma."""
 
     label: NDArray[np.int8]
     chroma: tuple[Array, Array]
@@ -45,14 +48,15 @@ class Palette:
 
 @dataclass(frozen=True)
 class Track:
-    """One object through a clip of T frames; lengths in pixels of a 96 x 96 frame; 0 where it is not visible."""
+    """One object through a clip of T frames; lengths in pixels of a 96 x 96 frame; 0 where not visible."""
 
     visible: Mask  # [T] a blob of plausible area is there
     area: Array  # [T]
     centre: Array  # [T, 2] x, y
     angle: Array  # [T] radians, continuous; 0 for circles
     shape: NDArray[np.int8]  # [T] best fitting shape, index into SHAPES; -1 where none fits
-    fit: Array  # [T, 3] overlap with the ideal circle, square, triangle of the same centre, area and angle
+    fit: Array  # [T, 3] overlap with the ideal circle, square, triangle of the same centre, area, angle, softness
+    softness: Array  # [T] standard deviation of the blur of the outline
     elsewhere: Array  # [T] area of the same colour outside the object
     rgb: tuple[int, int, int]  # mean colour of the object's inside
 
@@ -81,37 +85,40 @@ def track(frames: NDArray[np.uint8], palette: Palette, colour: str) -> Track | N
     if pixels.max() < VISIBLE_AREA * scale**2:
         return None
 
-    # Blob pixels are mostly full cover, so their median chroma is that of the object; the rim is read softly.
+    # Most blob pixels are wholly covered: their upper quartile is the object's chroma. The rim is read softly.
     along = sum(_windows(c, seeds, half) * h for c, h in zip(palette.chroma, _HUE[number], strict=True))
-    full = np.median(along[blob])
-    near = _grow(_grow(blob)) & ~other
-    cover = np.where(near, np.clip((along / full - 0.5) * 1.5 + 0.5, 0, 1), 0).astype(np.float32)
+    near = _grow(_grow(_grow(blob))) & ~other
+    cover = np.where(near, np.clip(along / np.percentile(along[blob], 75), 0, 1), 0).astype(np.float32)
+    cover[cover < 0.1] = 0
     area = cover.sum((1, 2))
     axis = np.arange(-half, half + 1, dtype=np.float32)
     safe = np.maximum(area, 1e-3)
     x = (cover.sum(1) @ axis) / safe
     y = (cover.sum(2) @ axis) / safe
 
-    phase, fit = _fit_shapes(cover, x, y, area, axis)
-    shape = np.where(fit.max(1) >= SHAPE_FIT, fit.argmax(1), -1).astype(np.int8)
     visible = area >= VISIBLE_AREA * scale**2
-    shape[~visible] = -1
+    softness = _softness(cover, area)
+    phase, fit = _fit_shapes(cover, x, y, area, softness, axis)
+    formed = visible & (fit.max(1) >= SHAPE_FIT) & (softness <= SOFTEST * scale)
+    shape = np.where(formed, fit.argmax(1), -1).astype(np.int8)
     centre = (np.stack([x, y], 1) + seeds[:, ::-1] + 0.5) / scale
     inside = _windows(frames, seeds, half)[blob & (cover >= 1)]
+    mean = inside.mean(0).round().astype(int).tolist() if len(inside) else [0, 0, 0]
     return Track(
         visible=visible,
         area=np.where(visible, area / scale**2, 0).astype(np.float32),
         centre=np.where(visible[:, None], centre, 0).astype(np.float32),
-        angle=_continuous_angle(phase, shape, visible),
+        angle=_continuous_angle(phase, fit, shape),
         shape=shape,
         fit=np.where(visible[:, None], fit, 0).astype(np.float32),
+        softness=np.where(visible, softness / scale, 0).astype(np.float32),
         elsewhere=((mine.sum((1, 2)) - pixels) / scale**2).astype(np.float32),
-        rgb=tuple(int(c) for c in inside.mean(0).round()) if len(inside) else (0, 0, 0),
+        rgb=(mean[0], mean[1], mean[2]),
     )
 
 
 def _densest(mask: Mask, side: int) -> NDArray[np.int64]:
-    """Row and column [T, 2] of the middle of the fullest square of ``side`` pixels in each frame of [T, H, W]."""
+    """Row and column [T, 2] of the middle of the fullest square of ``side`` pixels in each frame."""
     side += 1 - side % 2
     padded = np.pad(mask, ((0, 0), (side // 2 + 1, side // 2), (side // 2 + 1, side // 2))).astype(np.int16)
     total = padded.cumsum(1, dtype=np.int32).cumsum(2)
@@ -140,7 +147,7 @@ def _grow(mask: Mask) -> Mask:
 
 
 def _connected(mask: Mask, half: int) -> Mask:
-    """The part of each window that hangs together with its middle (5 x 5, so that one bad pixel does not matter)."""
+    """The part of each window that hangs together with its middle (5 x 5: one bad pixel does not matter)."""
     blob = np.zeros_like(mask)
     blob[:, half - 2 : half + 3, half - 2 : half + 3] = mask[:, half - 2 : half + 3, half - 2 : half + 3]
     count = -1
@@ -149,12 +156,24 @@ def _connected(mask: Mask, half: int) -> Mask:
     return blob
 
 
-def _fit_shapes(cover: Array, x: Array, y: Array, area: Array, axis: Array) -> tuple[Array, Array]:
-    """Phase of the corners and overlap with the ideal outline, both [T, 3], per shape.
+def _softness(cover: Array, area: Array) -> Array:
+    """Standard deviation [T] of the blur of an outline: across an edge blurred so, c (1 - c) sums to it / sqrt(pi)."""
+    outline = 1.08 * 2 * np.sqrt(np.pi * np.maximum(area, 1e-3))  # between that of a circle and of a triangle
+    return (cover * (1 - cover)).sum((1, 2)) * np.sqrt(np.pi) / outline
+
+
+def _fit_shapes(
+    cover: Array, x: Array, y: Array, area: Array, softness: Array, axis: Array
+) -> tuple[Array, Array]:
+    """Phase of the corners and overlap with the ideal picture, both [T, 3], per shape.
 
     A regular shape of k corners has a k-fold moment sum(cover z^k), z = dx + i dy, whose phase is k times the
-    angle of a corner. With centre, area and angle known, each ideal shape is drawn and compared with the cover.
+    angle of a corner. With centre, area and angle known, each ideal shape is drawn, blurred like the object, since
+    blur makes any outline rounder, and compared.
     """
+    reach = np.maximum(softness, 0.3)[:, None, None]
+    blur = np.exp(-0.5 * ((axis[:, None] - axis[None, :]) / reach) ** 2)
+    blur /= blur.sum(2, keepdims=True)
     dx = axis[None, None, :] - x[:, None, None]
     dy = axis[None, :, None] - y[:, None, None]
     z = dx + 1j * dy
@@ -172,20 +191,20 @@ def _fit_shapes(cover: Array, x: Array, y: Array, area: Array, axis: Array) -> t
             turns = phase[:, i] / sides + np.pi / sides
             faces = [turns[:, None, None] + 2 * np.pi * j / sides for j in range(sides)]
             distance = np.max([dx * np.cos(f) + dy * np.sin(f) for f in faces], 0) - inner
-        ideal = np.clip(0.5 - distance / 1.5, 0, 1)
+        ideal = blur @ np.clip(0.5 - distance, 0, 1) @ blur.transpose(0, 2, 1)
         fit[:, i] = np.minimum(cover, ideal).sum((1, 2)) / np.maximum(
             np.maximum(cover, ideal).sum((1, 2)), 1e-3
         )
     return phase, fit
 
 
-def _continuous_angle(phase: Array, shape: NDArray[np.int8], visible: Mask) -> Array:
-    """Angle [T] of the shape seen most often, unwrapped over the frames that show it, linear between them."""
+def _continuous_angle(phase: Array, fit: Array, shape: NDArray[np.int8]) -> Array:
+    """Angle [T] of the shape seen most often, unwrapped over the frames it fits, linear between them."""
     angle = np.zeros(len(phase), np.float32)
     seen = np.bincount(shape[shape >= 0], minlength=len(SHAPES))
     main = int(seen.argmax())
     if seen.sum() == 0 or SHAPES[main] not in _SIDES:
         return angle
-    frames = np.nonzero((shape == main) & visible)[0]
+    frames = np.nonzero((shape >= 0) & (fit[:, main] >= SHAPE_FIT))[0]
     turned = np.unwrap(phase[frames, main]) / _SIDES[SHAPES[main]]
     return np.interp(np.arange(len(phase)), frames, turned - turned[0]).astype(np.float32)

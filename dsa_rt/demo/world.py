@@ -1,7 +1,7 @@
 """The demo's video world: anti-aliased coloured shapes that move in front of grey grounds, drawn from a seed.
 
-Each clip has calm and busy spans: a time warp whose pace changes between 1 and 0.1, which motions follow. Geometry is in
-pixels of a 96 x 96 frame and scales with the frame.
+Each clip has calm and busy spans: a time warp whose pace changes between 1 and 0.1, which motions follow.
+Geometry is in pixels of a 96 x 96 frame and scales with the frame.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _ground(kind: str, source: np.random.Generator, size: int) -> Array:
 
 def _motion(spec: ObjectSpec, lane: Array, time: Array, source: np.random.Generator) -> tuple[Array, ...]:
     """Centre x, y, angle and radius per frame, in pixels of a 96 x 96 frame; ``time`` is warped."""
-    frames, radius = len(time), source.uniform(10, 13)
+    frames, radius = len(time), source.uniform(12, 15.5)
     left, right = lane[0] + radius, lane[1] - radius
     top, bottom = 4 + radius, 92 - radius
     still = np.ones(frames, np.float32)
@@ -88,7 +88,7 @@ def _motion(spec: ObjectSpec, lane: Array, time: Array, source: np.random.Genera
                 break
         x, y = x0 + (x1 - x0) * time / max(full, 1.0), y0 + (y1 - y0) * time / max(full, 1.0)
     elif spec.motion == "bouncing":
-        height, period, phase = source.uniform(38, 54), source.uniform(19, 26), source.uniform(0, 1)
+        height, period, phase = source.uniform(34, 48), source.uniform(26, 34), source.uniform(0, 1)
         t = (time / period + phase) % 1
         y = 90 - radius - height * 4 * t * (1 - t)
     elif spec.motion == "spinning":
@@ -116,7 +116,7 @@ def _draw(image: Array, spec: ObjectSpec, motion: tuple[Array, ...], size: int) 
         patch += (colour - patch) * cover
 
 
-def _distance(shape: str, dx: Array, dy: Array, angle: float, radius: float) -> Array:
+def _distance(shape: str, dx: Array, dy: Array, angle: float, radius: float) -> NDArray[np.floating]:
     """Signed distance to the outline, positive outside; all shapes touch the circle of ``radius``."""
     if shape == "circle":
         return np.sqrt(dx * dx + dy * dy) - radius * 0.92

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -157,7 +157,7 @@ class WanModel(nn.Module):
     def embed_text(self, text: Tensor) -> TextKV:
         """Text encoder rows [B, text_length, text_dim] -> the cross-attention K/V of every layer."""
         embedded = self.text_embedding(text.to(self.dtype))
-        return TextKV([block.cross_attn.text_kv(embedded) for block in self.blocks])
+        return TextKV([block.cross_attn.text_kv(embedded) for block in cast("Sequence[Block]", self.blocks)])
 
     def embed_timesteps(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Timesteps [B, R] (1000 sigma) -> head modulation [B, R, dim] and block modulation [B, R, 6, dim], fp32."""
@@ -186,7 +186,7 @@ class WanModel(nn.Module):
         head_modulation, block_modulation = self.embed_timesteps(timesteps)
         x = self.patch_embedding(rows.to(self.dtype))
         y = gate = None
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(cast("Sequence[Block]", self.blocks)):
             m = (block_modulation + block.modulation.float()).unbind(2)
             if y is None:
                 h = ops.norm_modulate(x, m[0], m[1], index, eps)
@@ -199,6 +199,7 @@ class WanModel(nn.Module):
             y = block.cross_attn.attend_text(_affine_norm(x, block.norm3), text.layers[layer])
             x, h = ops.residual_norm_modulate(x, y, None, m[3], m[4], index, eps)
             y, gate = block.ffn(h), m[5]
+        assert y is not None  # WanConfig has a layer or more
         shift, scale = (head_modulation[:, :, None] + self.head.modulation.float()).unbind(2)
         x, h = ops.residual_norm_modulate(x, y, gate, shift, scale, index, eps)
         if self.config.layers - 1 in taps:

@@ -120,11 +120,11 @@ def _ran_native(
     """
     # What is no tensor, or on another device, goes to the check, which says so: the dispatcher would complain
     # in its own words, or take a kernel by one tensor of many.
-    uniform = all(t is None or (isinstance(t, Tensor) and t.device == decides.device) for t in tensors)
+    uniform = isinstance(decides, Tensor) and all(
+        t is None or (isinstance(t, Tensor) and t.device == decides.device) for t in tensors
+    )
     if uniform and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise OptionError(
-            f"{op} is not differentiable; use torch.no_grad(), or dsa_rt.reference to train"
-        )
+        raise OptionError(f"{op}: not differentiable; use torch.no_grad(), or dsa_rt.reference to train")
     if uniform and choose(op, decides.device.type, decides.dtype, backend) == "native":
         getattr(torch.ops.dsa_rt, op)(*tensors, *scalars)
         return True

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
-from torch import Tensor
 
-from dsa_rt.ops import step as ops
 from dsa_rt.cache import TextKV
 from dsa_rt.models.wan import WanModel
+from dsa_rt.ops import step as ops
 from dsa_rt.plan import TokenGrid, frame_tokens
 from dsa_rt.sampler.rollout import DenoisedChunk
 from dsa_rt.schedule import TRAIN_TIMESTEPS
@@ -39,7 +39,7 @@ def solve(
     x = torch.empty(1, len(active.tokens), model.config.patch_dim, device=device)
     ops.philox_normal(x, torch.tensor([seed], device=device), active.tokens, 0)
     velocity_cache = torch.zeros_like(x)
-    for step, (sigma, following) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+    for step, (sigma, following) in enumerate(pairwise(sigmas)):
         check()
         timesteps = torch.full((1, 1), TRAIN_TIMESTEPS * sigma, device=device)
         velocity = model(x, active, timesteps, text).velocity.float()

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsa_rt.ops import step as ops
 from dsa_rt.models.confidence import ConfidenceHead
+from dsa_rt.ops import step as ops
 from dsa_rt.policy.base import Decider
 from dsa_rt.sampler.passes import ChunkPasses
 

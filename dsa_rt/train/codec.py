@@ -36,12 +36,12 @@ HELD_OUT_SEED = 1 << 40  # seeds from here on are never trained on
 class CodecTraining:
     """Knobs of the recipe. ``window`` counts latent frames, ``refresh_every`` counts steps per new clip."""
 
-    batch: int = 8
+    batch: int = 5
     window: int = 4
     first_frame_share: float = 0.35
     pool: int = 600
     refresh_every: int = 2
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     warmup_steps: int = 100
     latent_noise: float = 0.05
     moment_weight: float = 0.02
@@ -107,7 +107,7 @@ class _PixelLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, error: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, error: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         gradient = error.sign()
         l1 = torch.linalg.vector_norm(error, ord=1)
         mse = torch.linalg.vector_norm(error).square()
@@ -126,7 +126,7 @@ class _PixelLoss(torch.autograd.Function):
         return total / count, l1 / count, mse / count, difference / count
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * outputs[0], None
 

@@ -33,7 +33,8 @@ def _shard(path: Path, seeds: range, frames: int, codec: ConvCodec, patch: tuple
             words, video = clip(seed, frames)
             pixels = torch.from_numpy(video).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
             latents = codec.encode(pixels)
-            rows.append(TokenGrid.for_latents(*latents.shape[-2:], patch).patchify(latents)[0].bfloat16())
+            height, width = latents.shape[-2:]
+            rows.append(TokenGrid.for_latents(height, width, patch).patchify(latents)[0].bfloat16())
             ids.append(words)
     partial = path.with_suffix(".partial")
     save_file({"rows": torch.stack(rows), "ids": torch.tensor(ids)}, partial)

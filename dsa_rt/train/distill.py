@@ -1,7 +1,7 @@
 """Stage (c), second half: distribution matching on the student's own rollout, jointly with the confidence head.
 
-Generator: DMD (arXiv 2405.14867) on autoregressive rollouts (Self-Forcing, arXiv 2506.08009): the gradient of a sample is
-the difference of two clean predictions from its re-noised version, of a frozen real score (the many-step generator,
+Generator: DMD (arXiv 2405.14867) on autoregressive rollouts (Self-Forcing, arXiv 2506.08009): the gradient of a sample
+is the difference of two clean predictions from its re-noised version, of a frozen real score (the many-step generator,
 guided) and a trained fake score. Confidence head (DSA, arXiv 2606.04432, section 3): ``c * sg[d] - lambda * log c`` per
 chunk, with d the squared distance of the student's sample to the real score's prediction; d depends mostly on the noise
 level at which the teacher judges, so it is divided by its running mean per level. Prompts only, no video data.
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dsa_rt.codec.text import GrammarTextEncoder
 from dsa_rt.models.confidence import ConfidenceConfig, ConfidenceHead
 from dsa_rt.models.wan import WanModel
-from dsa_rt.plan import TokenGrid, frame_tokens
+from dsa_rt.plan import ActiveSet, TokenGrid, frame_tokens
 from dsa_rt.schedule import TRAIN_TIMESTEPS, add_noise, sample_sigmas, to_x0
 from dsa_rt.train.loop import EMA, Loop, autocast, cosine, set_learning_rate
 from dsa_rt.train.regress import guided_velocity, training_prompts
@@ -132,8 +132,8 @@ def train_distillation(
 
 def generator_step(
     loop: Loop, pair: nn.ModuleDict, optimizer: torch.optim.Optimizer, ema: EMA, kept: list[list[ChunkPass]],
-    samples: Tensor, teacher: WanModel, fake: WanModel, levels: LevelMean, active, text_rows: Tensor, empty: Tensor,
-    *, guidance: float, shift: float, scale: float, weight: float,
+    samples: Tensor, teacher: WanModel, fake: WanModel, levels: LevelMean, active: ActiveSet, text_rows: Tensor,
+    empty: Tensor, *, guidance: float, shift: float, scale: float, weight: float,
 ) -> None:  # fmt: skip
     """One update of student and head from a rollout with gradient."""
     with torch.no_grad(), autocast(samples.device):

@@ -1,10 +1,10 @@
 """Stages (d) and (e): the confidence head alone, with the generator frozen, and the calibration run.
 
-Distribution matching trains the head on the teacher's judgement of samples (DSA, section 3). What an exit decision needs
-is how far a pass's prediction is from the one that all scheduled passes would have reached. Stage (d) therefore goes on
-with the same loss, ``c * d - lambda * log c``, and d the squared distance of a pass's clean prediction to that of the
-chunk's last pass (normalised by its mean): the refined sample takes the place of the teacher's prediction. (e) records
-confidence and error of every chunk after every pass over new prompts, for the calibrated policy.
+Distribution matching trains the head on the teacher's judgement of samples (DSA, section 3). What an exit decision
+needs is how far a pass's prediction is from the one that all scheduled passes would have reached. Stage (d) therefore
+goes on with the same loss, ``c * d - lambda * log c``, and d the squared distance of a pass's clean prediction to that
+of the chunk's last pass (normalised by its mean): the refined sample takes the place of the teacher's prediction. (e)
+records confidence and error of every chunk after every pass over new prompts, for the calibrated policy.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ SCALES = {
 
 def generator_config(form: str) -> WanConfig:
     return WanConfig(
-        dim=192, ffn_dim=768, heads=3, layers=6, in_channels=12, out_channels=12, text_dim=128, text_length=MAX_WORDS,
+        dim=192, ffn_dim=512, heads=3, layers=6, in_channels=12, out_channels=12, text_dim=64, text_length=MAX_WORDS,
         form=form,
     )  # fmt: skip
 
@@ -78,7 +78,7 @@ def run(out: Path, scale: str, device: str = "cpu", upto: str | None = None, **c
     codec = load_codec(out / "codec")
     if upto == "codec":
         return
-    config, text_config = generator_config("bidirectional"), GrammarTextConfig(len(VOCABULARY), MAX_WORDS)
+    config, text_config = generator_config("bidirectional"), GrammarTextConfig(len(VOCABULARY), MAX_WORDS, dim=64)
     frames = 1 + (FRAMES - 1) // codec.temporal_factor
     side = SIDE // codec.spatial_factor // config.patch[1]
     grid, sigmas = TokenGrid(side, side, config.patch), few_step_sigmas(TIMESTEPS, SHIFT)
@@ -103,7 +103,7 @@ def run(out: Path, scale: str, device: str = "cpu", upto: str | None = None, **c
     )  # fmt: skip
     if upto == "regression":
         return
-    head_config = ConfidenceConfig(config.dim, config.heads, 2 * config.dim, (1, 3, 5))
+    head_config = ConfidenceConfig(config.dim, config.heads, 128, (3, 5))
     student, head = train_distillation(
         out / "distillation", student, teacher, encoder, grid, sigmas, head_config, frames=frames, chunk=CHUNK,
         guidance=GUIDANCE, shift=SHIFT, minutes=recipe.distillation_minutes, batch=recipe.batch, device=device,

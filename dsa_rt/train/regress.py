@@ -53,7 +53,7 @@ def ode_solutions(
     from tqdm import tqdm
 
     levels = euler_sigmas(steps, shift)
-    stops = [min(range(steps), key=lambda i, s=s: abs(levels[i] - s)) for s in sigmas]
+    stops = [min(range(steps), key=lambda i, s=s: abs(levels[i] - s)) for s in sigmas]  # type: ignore[misc]
     if any(not math.isclose(levels[i], s, abs_tol=1e-6) for i, s in zip(stops, sigmas, strict=True)):
         raise ValueError(f"{steps} steps with shift {shift} do not pass the levels {list(sigmas)}")
     active = frame_tokens(grid, range(frames), model.config.head_dim, per_frame=False, device=device)

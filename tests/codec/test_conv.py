@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsa_rt.codec import StreamDecoder, VideoCodec, text_encoder_class, video_codec_class
+from dsa_rt.codec import StreamDecoder, TextEncoder, VideoCodec
 from dsa_rt.codec.conv import ConvCodec, ConvCodecConfig
-from dsa_rt.errors import BundleError, ShapeError
+from dsa_rt.codec.text import GrammarTextConfig, GrammarTextEncoder
+from dsa_rt.errors import ShapeError
 
 TINY = ConvCodecConfig(
     z=5,
@@ -22,7 +23,7 @@ TINY = ConvCodecConfig(
 
 
 def random_codec(seed: int = 0, dtype: torch.dtype = torch.float32) -> ConvCodec:
-    """A codec whose every tensor is random: fresh ones start their residual branches at zero, which hides errors."""
+    """A codec whose every tensor is random: a fresh one starts its branches at zero, which hides errors."""
     torch.manual_seed(seed)
     codec = ConvCodec(TINY)
     for parameter in codec.parameters():
@@ -124,14 +125,16 @@ def test_latents_are_normalised_with_the_buffers() -> None:
 
 def test_weights_and_sizes_round_trip() -> None:
     codec = random_codec(8)
-    other = video_codec_class("conv").from_dict(codec.to_dict())
+    other = ConvCodec.from_dict(codec.to_dict())
     other.load_state_dict(codec.state_dict())
     latents = torch.randn(1, 5, 2, 3, 4)
     assert torch.equal(codec.decode(latents), other.decode(latents))
 
 
-def test_it_has_the_protocols() -> None:
+def test_the_protocols_are_kept() -> None:
     codec = random_codec(9)
+    text = GrammarTextEncoder(GrammarTextConfig(words=7, length=5, dim=8, heads=2, layers=1))
+    assert isinstance(text, TextEncoder) and not isinstance(text, VideoCodec)
     assert isinstance(codec, VideoCodec)
     assert isinstance(codec.stream_decoder(), StreamDecoder)
     assert codec.latent_shape(81, 96, 128) == (5, 21, 12, 16)
@@ -187,10 +190,3 @@ def test_a_refused_portion_does_not_disturb_the_stream() -> None:
 def test_an_empty_batch_is_refused() -> None:
     with pytest.raises(ShapeError, match="at least 1"):
         random_codec().stream_decoder(0)
-
-
-def test_unknown_kinds_are_refused() -> None:
-    with pytest.raises(BundleError, match="'wavelet'.*conv"):
-        video_codec_class("wavelet")
-    with pytest.raises(BundleError, match="'clip'.*grammar"):
-        text_encoder_class("clip")

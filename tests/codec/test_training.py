@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import dsa_rt.train.codec as training
 from dsa_rt.codec.conv import ConvCodec, ConvCodecConfig
 from dsa_rt.errors import OptionError
 from dsa_rt.train.codec import (
@@ -34,7 +35,7 @@ SIZES = ConvCodecConfig(
     decoder_blocks_latent=1,
     decoder_blocks=1,
 )
-RECIPE = CodecTraining(batch=4, window=3, pool=6, learning_rate=1e-3, warmup_steps=5)
+RECIPE = CodecTraining(batch=4, window=3, pool=6, learning_rate=5e-3, warmup_steps=5)
 
 
 def numbered_clip(seed: int) -> np.ndarray:
@@ -42,16 +43,10 @@ def numbered_clip(seed: int) -> np.ndarray:
     return np.broadcast_to(np.arange(33, dtype=np.uint8)[:, None, None, None], (33, 16, 16, 3)).copy()
 
 
-def moving_clip(seed: int) -> np.ndarray:
-    """A coloured square that drifts over a grey ground; four principal components cannot say where it is."""
+def shaded_clip(seed: int) -> np.ndarray:
+    """A grey that is another one in each clip, with a little noise."""
     rng = np.random.default_rng(seed)
-    clip = np.full((17, 16, 16, 3), rng.integers(60, 200), np.uint8)
-    colour = rng.permutation([230, 120, 30])
-    top, left, down, right = rng.integers(0, 10, 2).tolist() + rng.uniform(-0.5, 0.5, 2).tolist()
-    for t, frame in enumerate(clip):
-        row, column = int(top + down * t) % 11, int(left + right * t) % 11
-        frame[row : row + 6, column : column + 6] = colour
-    return clip
+    return (rng.integers(40, 215) + rng.integers(-3, 4, (17, 16, 16, 3))).astype(np.uint8)
 
 
 def as_frames(clips: torch.Tensor) -> torch.Tensor:
@@ -129,35 +124,39 @@ def test_it_starts_at_the_principal_components() -> None:
     torch.testing.assert_close(second_moment, torch.eye(4), atol=1e-3, rtol=0)
 
 
-def test_it_learns_resumes_and_writes_what_it_returns(tmp_path: Path) -> None:
+def test_it_learns_resumes_and_writes_what_it_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Principal components solve a world this simple; from random weights there is something to learn.
+    monkeypatch.setattr(training, "start_at_principal_components", lambda *arguments: None)
+
     def train(folder: str, steps: int, resume: bool = True) -> ConvCodec:
         out = tmp_path / folder
         return train_codec(
-            out, steps=steps, resume=resume, config=SIZES, recipe=RECIPE, render=moving_clip, stats_clips=6
+            out, steps=steps, resume=resume, config=SIZES, recipe=RECIPE, render=shaded_clip, stats_clips=6
         )
 
     def lines() -> list[dict[str, float]]:
         return [json.loads(line) for line in (tmp_path / "long" / "losses.jsonl").read_text().splitlines()]
 
-    clips = torch.stack([torch.from_numpy(moving_clip(seed)) for seed in range(1000, 1008)])
+    clips = torch.stack([torch.from_numpy(shaded_clip(seed)) for seed in range(1000, 1008)])
     untrained = psnr(train("short", 1), clips).mean()
-    codec = train("long", 100)
-    print(psnr(codec, clips).mean(), untrained, codec.encode(as_frames(clips)).std())
-    assert psnr(codec, clips).mean() > untrained + 1
-    assert codec.encode(as_frames(clips)).std() == pytest.approx(1, abs=0.3)
+    codec = train("long", 60)
+    assert psnr(codec, clips).mean() > untrained + 3
+    assert codec.encode(as_frames(clips)).std() == pytest.approx(1, abs=0.5)
 
     read = load_codec(tmp_path / "long")
     for name, tensor in codec.state_dict().items():
         assert torch.equal(tensor, read.state_dict()[name]), name
 
-    assert [line["step"] for line in lines()] == [0, 20, 40, 60, 80]
+    assert [line["step"] for line in lines()] == [0, 20, 40]
     assert lines()[-1]["l1"] < lines()[0]["l1"]
 
-    done = train("long", 100)  # nothing left to do: the same weights
+    done = train("long", 60)  # nothing left to do: the same weights
     assert all(torch.equal(a, b) for a, b in zip(codec.parameters(), done.parameters(), strict=True))
-    train("long", 120)
-    assert [line["step"] for line in lines()] == [0, 20, 40, 60, 80, 100]
-    assert json.loads((tmp_path / "long" / "result.json").read_text())["steps"] == 120
+    train("long", 80)
+    assert [line["step"] for line in lines()] == [0, 20, 40, 60]
+    assert json.loads((tmp_path / "long" / "result.json").read_text())["steps"] == 80
     train("long", 1, resume=False)
     assert [line["step"] for line in lines()] == [0]
 
@@ -172,13 +171,13 @@ def test_psnr_is_its_definition() -> None:
 
 
 def test_other_sizes_cannot_be_resumed(tmp_path: Path) -> None:
-    train_codec(tmp_path, steps=1, config=SIZES, recipe=RECIPE, render=moving_clip, stats_clips=2)
-    with pytest.raises(OptionError, match="trained with sizes.*resume=False"):
-        train_codec(tmp_path, steps=2, recipe=RECIPE, render=moving_clip, stats_clips=2)
+    train_codec(tmp_path, steps=1, config=SIZES, recipe=RECIPE, render=shaded_clip, stats_clips=2)
+    with pytest.raises(OptionError, match=r"trained with sizes.*resume=False"):
+        train_codec(tmp_path, steps=2, recipe=RECIPE, render=shaded_clip, stats_clips=2)
 
 
 def test_measured_latents_have_zero_mean_and_unit_deviation(tmp_path: Path) -> None:
-    codec = train_codec(tmp_path, steps=1, config=SIZES, recipe=RECIPE, render=moving_clip, stats_clips=2)
+    codec = train_codec(tmp_path, steps=1, config=SIZES, recipe=RECIPE, render=shaded_clip, stats_clips=2)
     clips = torch.randint(0, 255, (5, 9, 16, 16, 3), dtype=torch.uint8)
     codec.latent_mean.fill_(7)
     codec.latent_std.fill_(0.1)
@@ -189,7 +188,7 @@ def test_measured_latents_have_zero_mean_and_unit_deviation(tmp_path: Path) -> N
 
 
 def test_bf16_file_is_the_rounded_codec(tmp_path: Path) -> None:
-    codec = train_codec(tmp_path, steps=1, config=SIZES, recipe=RECIPE, render=moving_clip, stats_clips=2)
+    codec = train_codec(tmp_path, steps=1, config=SIZES, recipe=RECIPE, render=shaded_clip, stats_clips=2)
     save_codec(codec, tmp_path / "small", torch.bfloat16)
     read = load_codec(tmp_path / "small")
     for name, tensor in codec.state_dict().items():

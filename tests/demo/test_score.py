@@ -44,7 +44,7 @@ def without_objects(frames: Frames) -> Frames:
 
 
 def test_the_worlds_own_clips_score_right_clean_and_softened() -> None:
-    """212 clips: every shape x motion x ground alone, and random scenes of two; 99% of all attributes right."""
+    """212 clips: every shape x motion x ground alone, and random scenes of two; 99% of attributes right."""
     source = fresh()
     scenes = [single(s, m, source, g) for (s, m), g in itertools.product(KINDS, GROUNDS)]
     while len(scenes) < 212:

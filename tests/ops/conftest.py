@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsa_rt import _native
 
-# Every way to compute a step op on this machine: each instruction set of the native module, and the definition.
+# Every way to compute a step op on this machine: each instruction set of the native module, the definition.
 PATHS = [*_native.build_info()["instruction_sets"], "torch"]
 
 
@@ -30,7 +30,7 @@ def path(request: pytest.FixtureRequest) -> str:
 
 
 class Guarded:
-    """A tensor whose rows lie apart in a larger buffer of sentinels, and the check that these were left alone."""
+    """A tensor whose rows lie apart in a larger buffer of sentinels, which must be left alone."""
 
     def __init__(self, value: Tensor, gap: int = 3) -> None:
         *outer, width = value.shape

@@ -1,4 +1,4 @@
-"""The noise: published Philox vectors, the same bits on every path, and the statistics of a standard normal."""
+"""The noise: published Philox vectors, the same bits on every path, the statistics of a standard normal."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def test_normals_against_the_mathematics_library(path: str, rng: np.random.Gener
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 7, 3), (3, 37, 30), (1, 108, 32), (2, 5, 1029), (1, 300, 4)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (2, 7, 3), (3, 37, 30), (1, 108, 32), (2, 5, 1029), (1, 300, 4)]
+)
 def test_every_path_has_the_same_bits(
     path: str, dtype: torch.dtype, shape: tuple[int, int, int], rng: np.random.Generator
 ) -> None:

@@ -189,11 +189,15 @@ def test_exit_decision(path: str, flag: torch.dtype, dtype: torch.dtype, rng: np
 def test_threads_and_repeats_change_no_bit(
     instruction_set: str, flush: bool, rng: np.random.Generator
 ) -> None:
-    """Also with denormals flushed to zero, a mode of the calling thread that helpers do not have by themselves."""
+    """Also with denormals flushed to zero, a mode of the calling thread that its helpers must take over."""
     shape = (2, 700, 257)  # several pieces for every thread
     x, velocity = (random(rng, *shape, dtype=torch.float32) * scale for scale in (1e-38, 1.0))
     fresh = random(rng, 2, 350, 257, dtype=torch.float32) * 1e-38
-    rows, seeds, tokens = torch.from_numpy(rng.permutation(700)[:350]), torch.tensor([1, 2]), torch.arange(700)
+    rows, seeds, tokens = (
+        torch.from_numpy(rng.permutation(700)[:350]),
+        torch.tensor([1, 2]),
+        torch.arange(700),
+    )
 
     def results(threads: int) -> list[Tensor]:
         noise, out = poison(*shape), poison(*shape)

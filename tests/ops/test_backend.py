@@ -1,0 +1,182 @@
+"""The choice of a backend, the registration with torch, and how the native module shares a process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsa_rt import _native
+from dsa_rt.errors import OptionError
+from dsa_rt.ops import backend, step
+
+
+def test_native_serves_the_step_family_on_cpu() -> None:
+    for op in ("philox_normal", "renoise", "cached_step", "exit_decision"):
+        for dtype in (torch.float32, torch.bfloat16):
+            assert backend.choose(op, "cpu", dtype) == "native"
+            assert backend.choose(op, "cpu", dtype, "torch") == "torch"
+
+
+def test_a_backend_is_used_or_refused_with_the_reason() -> None:
+    assert backend.choose("cached_step", "cpu", torch.float64) == "torch"
+    with pytest.raises(
+        OptionError, match=r"'native' was asked for, but native has no kernel for torch.float64"
+    ):
+        backend.choose("cached_step", "cpu", torch.float64, "native")
+    with pytest.raises(
+        OptionError, match=r"'native' was asked for, but native has no kernel for device 'mps'"
+    ):
+        backend.choose("cached_step", "mps", torch.float32, "native")
+    with pytest.raises(OptionError, match=r"unknown backend 'cudnn', expected one of native, torch"):
+        backend.choose("cached_step", "cpu", torch.float32, "cudnn")
+
+
+def test_cuda_is_native_where_it_was_compiled() -> None:
+    expected = "native" if _native.build_info()["cuda"] else "torch"
+    assert backend.choose("renoise", "cuda", torch.bfloat16) == expected
+    assert backend.choose("renoise", "cuda", torch.bfloat16, "torch") == "torch"
+
+
+def test_an_explicit_backend_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    monkeypatch.setattr(step.reference, "philox_normal", lambda *a: ran.append(a) or torch.zeros(1, 2, 4))
+    out, seeds, tokens = torch.ones(1, 2, 4), torch.tensor([1]), torch.arange(2)
+    step.philox_normal(out, seeds, tokens, 0, backend="native")
+    assert not ran and not (out == 0).any() and not (out == 1).any()
+    step.philox_normal(out, seeds, tokens, 0, backend="torch")
+    assert len(ran) == 1 and (out == 0).all()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_describe_agrees_with_choose(device: str) -> None:
+    rows = backend.describe(device, torch.bfloat16)
+    assert [row.op for row in rows] == list(backend.IMPLEMENTATIONS)
+    for row in rows:
+        assert row.backend == backend.choose(row.op, device, torch.bfloat16)
+        assert row.device == device and row.reason
+
+
+CALLS = {
+    "philox_normal": (torch.zeros(2, 5, 8), torch.tensor([1, 2]), torch.arange(5), 3),
+    "renoise": (
+        torch.zeros(2, 5, 8), torch.zeros(2, 5, 8), torch.randn(2, 5, 8), torch.randn(2, 5, 8),
+        torch.tensor([1, 2]), torch.arange(5), 0.9, 0.5, 3,
+    ),
+    "cached_step": (
+        torch.randn(2, 9, 8), torch.randn(2, 9, 8), torch.zeros(2, 5), torch.arange(5), torch.randn(2, 5, 8),
+        0.1,
+    ),
+    "exit_decision": (torch.zeros(3, dtype=torch.bool), torch.zeros(3), torch.randn(3), torch.rand(3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("optional", [True, False])
+def test_opcheck(op: str, optional: bool) -> None:
+    """The schema says which arguments change, the fake agrees with the op, also with dynamic shapes."""
+    arguments = [a.clone() if isinstance(a, Tensor) else a for a in CALLS[op]]
+    if not optional:
+        index = {"renoise": 1, "cached_step": 2}.get(op)
+        if index is None:
+            pytest.skip("no optional output")
+        arguments[index] = None
+    torch.library.opcheck(getattr(torch.ops.dsa_rt, op).default, tuple(arguments))
+
+
+def test_compiled_graphs_hold_the_ops() -> None:
+    """One graph without breaks that calls the native ops, with the same bits as eager, for two sizes."""
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    def two_steps(
+        x: Tensor, cache: Tensor, fresh: Tensor, rows: Tensor, seeds: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x, cache = x * 1, cache * 1
+        score, out = torch.empty(fresh.shape[:2]), torch.empty_like(fresh)
+        step.cached_step(x, cache, rows, fresh, -0.25, score)
+        step.renoise(out, x[:, : fresh.shape[1]], fresh, 0.5, 0.25, seeds, rows, 1)
+        return out, score
+
+    compiled = torch.compile(two_steps, backend=keep, fullgraph=True)
+    through_aot = torch.compile(two_steps, backend="aot_eager", fullgraph=True)
+    for count in (5, 7):
+        seeds, rows = torch.tensor([1, 2]), torch.randperm(9)[:count]
+        arguments = (torch.randn(2, 9, 8), torch.randn(2, 9, 8), torch.randn(2, count, 8), rows, seeds)
+        with torch.no_grad():
+            expected = two_steps(*arguments)
+            for function in (compiled, through_aot):
+                for got, want in zip(function(*arguments), expected, strict=True):
+                    assert torch.equal(got, want)
+    called = {str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"}
+    assert any("dsa_rt" in name and "cached_step" in name for name in called), called
+    assert any("dsa_rt" in name and "renoise" in name for name in called), called
+
+
+def test_the_interpreter_is_free_while_a_kernel_runs() -> None:
+    """Another Python thread gets to run in the middle of a call, not only before and after it."""
+    out, seeds, tokens = torch.empty(1, 20000, 512), torch.tensor([1]), torch.arange(20000)
+    for _ in range(10):  # a busy machine may leave the other thread waiting for a processor
+        span: list[float] = []
+
+        def work(span: list[float] = span) -> None:
+            span.append(time.perf_counter())
+            _native.philox_normal(out, seeds, tokens, 0, instruction_set="generic")
+            span.append(time.perf_counter())
+
+        worker, seen = threading.Thread(target=work), []
+        worker.start()
+        while worker.is_alive():
+            seen.append(time.perf_counter())
+            time.sleep(0.001)
+        margin = (span[1] - span[0]) / 4
+        if any(span[0] + margin < moment < span[1] - margin for moment in seen):
+            return
+    pytest.fail("no other Python thread ran during a call")
+
+
+def test_two_threads_do_not_see_each_other() -> None:
+    seeds = [torch.tensor([seed]) for seed in range(4)]
+    tokens = torch.arange(600)
+    expected = [torch.empty(1, 600, 64) for _ in seeds]
+    got = [torch.empty(1, 600, 64) for _ in seeds]
+    for out, seed in zip(expected, seeds, strict=True):
+        step.philox_normal(out, seed, tokens, 0)
+
+    def work(index: int) -> None:
+        for draw in (1, 2, 0):
+            step.philox_normal(got[index], seeds[index], tokens, draw)
+
+    workers = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_no_second_openmp_runtime() -> None:
+    program = """
+import torch
+from dsa_rt.ops import step
+from dsa_rt import _native
+torch.set_num_threads(4)
+torch.randn(512, 512) @ torch.randn(512, 512)
+step.philox_normal(torch.empty(2, 4000, 64), torch.tensor([1, 2]), torch.arange(4000), 0)
+files = {line.split()[-1] for line in open("/proc/self/maps") if "/" in line}
+runtimes = sorted(f for f in files if any(name in f for name in ("libgomp", "libomp", "libiomp")))
+print(len(runtimes), _native.build_info()["threads"], *runtimes)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    count, threads, *_ = result.stdout.split()
+    assert int(count) <= 1, result.stdout
+    assert threads == ("openmp" if count == "1" else "threads")
