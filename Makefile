@@ -1,4 +1,4 @@
-# Everything goes into .venv, out/ and runs/ of this folder, nothing elsewhere. `make help` lists the targets.
+# Everything goes into .venv, out/, runs/ and bench/results/ of this folder, nothing elsewhere; `make help` lists it.
 # Settings go on the command line: make demo PROMPT="a green triangle spinning" SEED=3
 
 PYTHON ?= python3
@@ -7,14 +7,15 @@ OUT = out
 PROMPT = a red square bouncing, a blue circle at rest
 SEED = 0
 POLICY = dsa
+DEVICE = cpu
 RUN = runs/demo
 SCALE = cpu
-DEVICE = cpu
+BENCH = imports ops speed memory quality
 PYTEST =
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-# An editable install sees changed Python at once. These make it stale: what is installed, and what is compiled.
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+# The install is editable: changed Python counts at once. It is made again when one of these changes.
 SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt \
            $(shell find csrc kernels -type f ! -name '*.py' ! -name '*.pyc')
 
@@ -22,45 +23,54 @@ SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt \
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make demo    install into $(VENV), make a video from a prompt, draw what was spent'
-	@echo 'make test    the linter, the type checker and all tests'
-	@echo 'make bench   the benchmarks: tables on the terminal, JSON under $(OUT)/bench'
-	@echo 'make train   train the demo again: SCALE=quick, cpu (hours) or gpu (minutes, with DEVICE=cuda); goes on where it was'
-	@echo 'make clean   remove what was built and made; make distclean: the virtual environment too'
+	@echo 'make demo       make a video from a prompt: PROMPT="a green triangle spinning" SEED=3 POLICY=dsa-paper'
+	@echo 'make test       linter, type checker, all tests: PYTEST="-k policy" for some of them'
+	@echo 'make bench      every benchmark, one after the other: BENCH="speed quality" for some of them'
+	@echo 'make train      train the demo again, on from where it stopped: SCALE=quick | cpu | gpu, DEVICE=cuda, RUN=folder'
+	@echo 'make clean      remove what was built and made; make distclean: the virtual environment $(VENV) too'
 
 demo: $(VENV)/installed
 	@mkdir -p '$(OUT)'
 	$(BIN)/dsa-rt generate '$(PROMPT)' --seed $(SEED) --policy '$(POLICY)' --device $(DEVICE) --scale 4 \
 	    --out '$(OUT)/demo.mp4' --chart '$(OUT)/demo.png' --stats '$(OUT)/demo.json'
 	@echo
-	@echo 'The video is $(OUT)/demo.mp4. $(OUT)/demo.png shows what each chunk got, $(OUT)/demo.json holds every figure.'
+	@echo 'The video is $(OUT)/demo.mp4; $(OUT)/demo.png shows what each chunk got; $(OUT)/demo.json holds every figure.'
 
+test: export PATH := $(CURDIR)/$(BIN):$(PATH)
 test: $(VENV)/installed-test
-	$(BIN)/ruff check .
-	$(BIN)/mypy dsa_rt
-	$(BIN)/python -m pytest $(PYTEST)
+	ruff check .
+	mypy
+	python -m pytest $(PYTEST)
+
+bench: $(VENV)/installed
+	@missed=; for name in $(BENCH); do \
+	    echo; echo "== bench.$$name"; \
+	    $(BIN)/python -m bench.$$name || { code=$$?; [ $$code -eq 1 ] || exit $$code; missed="$$missed $$name"; }; \
+	done; \
+	echo; echo 'The results are in bench/results.'; \
+	[ -z "$$missed" ] || { echo "a requirement is missed in:$$missed"; exit 1; }
 
 train: $(VENV)/installed
 	$(BIN)/dsa-rt train --out '$(RUN)' --scale $(SCALE) --device $(DEVICE)
-	@echo 'The bundles are in $(RUN)/bundles. Try one: $(BIN)/dsa-rt generate "$(PROMPT)" --bundle $(RUN)/bundles/streaming --out clip.mp4'
+	@echo 'Try the result: $(BIN)/dsa-rt generate "$(PROMPT)" --bundle $(RUN)/bundles/streaming --out clip.mp4'
 
 $(VENV)/created:
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("dsa_rt needs Python 3.11 or later; $(PYTHON) is " + sys.version.split()[0] + ": name another one, make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("dsa_rt needs Python 3.11 or later and $(PYTHON) is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
 $(VENV)/installed: $(VENV)/created $(SOURCES)
-	$(PIP) -e .
+	$(INSTALL) -e .
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/created $(SOURCES)
-	$(PIP) -e '.[test]'
+	$(INSTALL) -e '.[test]'
 	@touch $@ $(VENV)/installed
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks '$(OUT)' dsa_rt/_native*.so
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 	rm -f $(VENV)/installed $(VENV)/installed-test
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf $(VENV)

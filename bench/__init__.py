@@ -1,2 +1,1 @@
-"""Benchmarks: what the runtime reaches, measured; see README.md. Run as ``python -m bench.NAME`` from the
-repository."""
+"""Benchmarks: what the runtime reaches, measured. Run as ``python -m bench.NAME``; see README.md."""

@@ -1,5 +1,6 @@
 """What policies capture of the error that refining can remove, beside the best and a random use of the same
-calls."""
+calls.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def curves(
     oracle: the best allocation within every clip, pass by pass. random: the first chunk in full, the rest by
     chance, in passes or in whole chunks, whichever captures more. static: of the fixed policies, which are
     given. These three are upper hulls: between two budgets some clips take the one and some the other.
-    calibrated: the calibrated rule, decided after every pass; without a calibration left out."""
+    calibrated: the calibrated rule, decided after every pass; without a calibration left out.
+    """
     budgets = range(2 * records.chunks, records.chunks * (records.passes + 1) + 1)
     chance = [
         random_allocation(records, budget, all_or_nothing=whole, repeats=16)
@@ -65,7 +67,8 @@ def at(curve: Curve, model_calls: float) -> float | None:
     """A curve's value, between points on the straight line; None outside of it."""
     if not curve or not curve[0][0] - 1e-9 <= model_calls <= curve[-1][0] + 1e-9:
         return None
-    return float(np.interp(model_calls, *zip(*curve, strict=True)))
+    calls, values = zip(*curve, strict=True)
+    return float(np.interp(model_calls, calls, values))
 
 
 def hull(points: Iterable[Point]) -> Curve:

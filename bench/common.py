@@ -1,5 +1,6 @@
 """What every benchmark shares: the fingerprint of a result, tables, JSON, percentiles and the first
-arguments."""
+arguments.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def parser(
     program: str, about: str, *, bundle: str | None = "demo", threads: bool = True
 ) -> argparse.ArgumentParser:
     """The arguments that programs have in common. bundle, threads: leave out what a program has no use
-    for."""
+    for.
+    """
     made = argparse.ArgumentParser(prog=f"python -m bench.{program}", description=about, allow_abbrev=False)
     if bundle is not None:
         made.add_argument(
@@ -68,7 +70,8 @@ def positive(text: str) -> int:
 
 def names(text: str) -> tuple[str, ...]:
     """Policy names from one argument, for argparse: spaces between them, as commas stand between a policy's
-    options."""
+    options.
+    """
     return tuple(text.split())
 
 
@@ -78,7 +81,8 @@ def fingerprint(
     """Where, when, of what and how a result was made, JSON-ready; take it before the measurement starts.
 
     warm_up: what was run and thrown away before the first figure. included: what figures contain and what
-    they do not."""
+    they do not.
+    """
     stated = vars(settings) if isinstance(settings, argparse.Namespace) else settings
     return {
         "program": f"bench.{program}",
@@ -95,7 +99,8 @@ def fingerprint(
 
 def commit() -> str | None:
     """The checked-out commit, with "+changes" where tracked files differ from it; None outside a
-    repository."""
+    repository.
+    """
     try:
         head = _git("rev-parse", "HEAD")
         return head + (

@@ -2,7 +2,8 @@
 side.
 
 Workers are processes of one thread each, so that two cores make two clips at a time. A clip's result does not
-depend on which worker makes it."""
+depend on which worker makes it.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ from bench.recording import record_clip
 from dsa_rt.demo.score import SceneScore, score
 from dsa_rt.demo.world import render
 from dsa_rt.media import Video
+from dsa_rt.stats import Stats
 
 DENSE = "dense"
 
@@ -30,7 +32,8 @@ DENSE = "dense"
 @dataclass(frozen=True)
 class Job:
     """What a worker loads. rows: policies that the bundle can run. many_step: another bundle, made for the
-    first ``many_step_clips`` cases only."""
+    first ``many_step_clips`` cases only.
+    """
 
     bundle: str
     dtype: str
@@ -56,39 +59,39 @@ class Evaluator:
         """JSON-ready: "rows" by policy, "bounds" by name, and "record" where the bundle has a head."""
         settings = self.dense.settings
         truth = torch.from_numpy(render(case.scene, case.seed, settings.frames, settings.height))
-        reference = self._make(self.dense, case)
-        known = {reference.stats.frames_sha256: _judge(reference.frames, case, reference.frames)}
+        reference, stats = self._make(self.dense, case)
+        known = {stats.frames_sha256: _judge(reference.frames, case, reference.frames)}
         rows: dict[str, Any] = {}
         for name, generate in self.generates.items():
-            video = reference if name == DENSE else self._make(generate, case)
-            sha = video.stats.frames_sha256
+            video, spent = (reference, stats) if name == DENSE else self._make(generate, case)
+            sha = spent.frames_sha256
             if sha not in known:  # the same passes make the same frames, which need no second look
                 known[sha] = _judge(video.frames, case, reference.frames)
             rows[name] = known[sha] | {
-                "passes": [chunk.passes for chunk in video.stats.chunks], "calls": video.stats.model_calls,
+                "passes": [chunk.passes for chunk in spent.chunks], "calls": spent.model_calls,
             }  # fmt: skip
         bounds = {
             "ground truth": _judge(truth, case),
             "codec round trip": _judge(self._round_trip(truth), case, truth),
         }
         if self.many_step is not None and case.number < self.job.many_step_clips:
-            video = self._make(self.many_step, case)
-            bounds["many steps"] = _judge(video.frames, case) | {"calls": video.stats.model_calls}
+            video, spent = self._make(self.many_step, case)
+            bounds["many steps"] = _judge(video.frames, case) | {"calls": spent.model_calls}
         result = {
             "number": case.number, "prompt": case.prompt, "seed": case.seed, "rows": rows, "bounds": bounds,
         }  # fmt: skip
         if self.runtime.head is not None:
             record = record_clip(self.dense, case.prompt, case.seed)
-            if not torch.equal(record.latents, reference.latents):
+            if reference.latents is None or not torch.equal(record.latents, reference.latents):
                 raise RuntimeError(f"the watched run of {case.prompt!r} differs from the runtime's")
             result["record"] = {"confidence": record.confidence.tolist(), "error": record.error.tolist()}
         return result
 
     @staticmethod
-    def _make(generate: dsa_rt.Generate, case: Case) -> Video:
+    def _make(generate: dsa_rt.Generate, case: Case) -> tuple[Video, Stats]:
         video = generate(case.prompt, case.seed)
-        assert isinstance(video, Video)
-        return video
+        assert isinstance(video, Video) and video.stats is not None
+        return video, video.stats
 
     @torch.no_grad()
     def _round_trip(self, frames: Tensor) -> Tensor:
@@ -141,7 +144,8 @@ def evaluate(job: Job, case: Case) -> dict[str, Any]:
 
 def evaluate_all(job: Job, cases: Sequence[Case], workers: int) -> Iterator[dict[str, Any]]:
     """Every case, in the order they are done. workers: processes of one thread; 0: one thread of this
-    process."""
+    process.
+    """
     if workers == 0:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)

@@ -4,7 +4,8 @@
 
 Names of dsa_rt load at first use, so the bare import says little; the last row therefore also resolves
 ``dsa_rt.load``, which brings in all that a generation needs (native module included). The bound holds for
-that row too."""
+that row too.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from tqdm import tqdm
 
@@ -39,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse.parse_args(arguments)
     result = common.fingerprint(
         "imports", options, warm_up="one process of each kind, thrown away: files are in the page cache",
-        included=["wall clock of a whole process, interpreter start and exit included; 'adds' is the median over "
-                  "rounds of the difference to the 'import torch' of the same round"],
+        included=["wall clock of a whole process, interpreter start and exit included; 'adds' is the median "
+                  "over rounds of the difference to the 'import torch' of the same round"],
     )  # fmt: skip
     taken: dict[str, list[float]] = {statement: [] for statement in STATEMENTS}
     bar = tqdm(range(-1, options.runs), desc="imports", unit="round", disable=True if options.quiet else None)
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             elapsed = seconds(statement)
             if turn >= 0:
                 times.append(elapsed)
-    rows = {}
+    rows: dict[str, Any] = {}
     for statement, times in taken.items():
         adds = statistics.median(a - b for a, b in zip(times, taken[BASE], strict=True))
         rows[statement] = {

@@ -3,7 +3,8 @@
     python -m bench.memory
 
 Both parts run in one process, first the generations, then the stream; what each one adds is told by its own
-slope."""
+slope.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def resident_bytes() -> int:
 
 def many_generations(generate: Generate, count: int, bar: Callable[[], object]) -> list[int]:
     """Resident size after each of ``count`` whole clips, each of another prompt and seed, each dropped at
-    once."""
+    once.
+    """
     cases = held_out_cases(min(count, 200))
     sizes = []
     for number in range(count):
@@ -50,7 +52,8 @@ def many_generations(generate: Generate, count: int, bar: Callable[[], object]) 
 
 def endless_stream(generate: Generate, frames: int, bar: Callable[[], object]) -> list[int]:
     """Resident size after each chunk of one session of at least ``frames`` frames, with a new prompt every 25
-    chunks."""
+    chunks.
+    """
     cases = held_out_cases(16)
     session = generate.session(cases[0].prompt, 0, endless=True)
     sizes, made, chunks = [], 0, 0
@@ -67,7 +70,8 @@ def endless_stream(generate: Generate, frames: int, bar: Callable[[], object]) -
 
 def summarise(sizes: Sequence[int]) -> dict[str, Any]:
     """JSON-ready, megabytes: first, last and largest size, growth (least squares over all but the first
-    tenth, times its length), whether that is flat, and all sizes."""
+    tenth, times its length), whether that is flat, and all sizes.
+    """
     megabytes = np.array(sizes) / MEGABYTE
     settled = megabytes[int(len(sizes) * SETTLE) :]
     slope = float(np.polyfit(np.arange(len(settled)), settled, 1)[0]) if len(settled) > 1 else 0.0
@@ -93,8 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     result = common.fingerprint(
         "memory", options, warm_up=f"compile; the first {SETTLE:.0%} of each part are left out of its slope",
-        included=["resident size of the whole process (interpreter, torch and weights too), after every clip or "
-                  "chunk, without a garbage collection before it",
+        included=["resident size of the whole process (interpreter, torch and weights too), after every "
+                  "clip or chunk, without a garbage collection before it",
                   f"flat: fitted growth over a part of at most {FLAT_MEGABYTES} MB"],
     )  # fmt: skip
     runtime = dsa_rt.load(options.bundle, dtype=options.dtype)

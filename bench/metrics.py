@@ -28,7 +28,8 @@ def ssim(a: Tensor, b: Tensor) -> float:
 
     Wang et al., "Image quality assessment: from error visibility to structural similarity" (2004): on luma
     (Rec. 601), in gaussian windows of 11 x 11 pixels with sigma 1.5 that lie inside the frame, K1 = 0.01, K2
-    = 0.03, L = 255; mean over windows and frames. Frames have at least 11 pixels a side."""
+    = 0.03, L = 255; mean over windows and frames. Frames have at least 11 pixels a side.
+    """
     luma = torch.tensor([0.299, 0.587, 0.114])
     x, y = a.float() @ luma, b.float() @ luma
     vertical, horizontal = (_gaussian_rows(size) for size in x.shape[1:])

@@ -6,7 +6,8 @@ plain copy.
 Two competitors run beside the native kernel. "definition" is dsa_rt.reference, which makes the same bits and
 computes the counter-based noise in 64-bit integers; "torch" is the fastest thing to write by hand, in place
 where it can be, with torch's own generator for noise, so its numbers are other ones. Native results are
-compared with the definition first."""
+compared with the definition first.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ SAMPLE_SECONDS = 0.01
 @dataclass(frozen=True)
 class Op:
     """One op on one shape. bytes: read and written, each operand once; outputs: tensors to compare after a
-    call."""
+    call.
+    """
 
     bytes: int
     native: Callable[[], None]
@@ -188,10 +190,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     result = common.fingerprint(
         "ops", options, warm_up="as many calls as one sample has (10 ms)",
-        included=["wall clock of a Python call, checks and dispatch included; data as warm in cache as a loop "
-                  "leaves it",
+        included=["wall clock of a Python call, checks and dispatch included; data as warm in cache "
+                  "as a loop leaves it",
                   "bytes: every operand read or written once; a copy is timed that moves as many bytes",
-                  "noise is arithmetic, not traffic: philox_normal and renoise are not expected at a copy's speed"],
+                  "noise is arithmetic, not traffic: philox_normal and renoise do not run at a "
+                  "copy's speed"],
     )  # fmt: skip
     kinds = [(name, shape, kind) for name in OPS for shape in options.shapes for kind in DTYPES]
     rows = {}
@@ -201,8 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows[f"{name}, {shape}, {kind}"] = measure(name, SHAPES[shape], DTYPES[kind], options.samples)
     result |= {"native": backend.native.build_info(), "threads": torch.get_num_threads(), "rows": rows}
     print(common.table(
-        ["op, shape, dtype", "native µs", "torch µs", "definition µs", "native GB/s", "torch GB/s", "copy GB/s",
-         "% of copy"],
+        ["op, shape, dtype", "native µs", "torch µs", "definition µs", "native GB/s", "torch GB/s",
+         "copy GB/s", "% of copy"],
         [[name, *(common.figure(row[key]) for key in ("native_us", "torch_us", "definition_us", "native_gb_s",
           "torch_gb_s", "copy_gb_s")), common.figure(row["share_of_copy"], 0, scale=100)]
          for name, row in rows.items()],

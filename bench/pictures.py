@@ -1,5 +1,6 @@
 """The pictures of the quality benchmark: confidence against error, and what each policy gets for its model
-calls."""
+calls.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ def scatter(
 
 def trade_off(path: Path, result: Mapping[str, Any]) -> Path:
     """Captured error and score against model calls, and score against frames per second where that was
-    measured."""
+    measured.
+    """
     from matplotlib.figure import Figure
 
     rows, timing = result["rows"], result["timing"]

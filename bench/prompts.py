@@ -33,7 +33,8 @@ def held_out_cases(count: int) -> list[Case]:
     """``count`` different held-out scenes, always the same ones in the same order, clip i under seed i.
 
     As scenes are not repeated and there are few of one object, most have two, which is the harder half of the
-    world."""
+    world.
+    """
     source = np.random.default_rng(SEED)
     scenes: dict[str, SceneSpec] = {}
     while len(scenes) < count:

@@ -4,7 +4,8 @@
     python -m bench.quality --prompts 20 --rows "dense dsa-calibrated"
 
 Clips are made by the runtime itself, one by one; nothing is batched or approximated. Times come last, alone
-on the machine, with all threads (--timing-clips 0 leaves them out)."""
+on the machine, with all threads (--timing-clips 0 leaves them out).
+"""
 
 from __future__ import annotations
 
@@ -33,23 +34,24 @@ INCLUDES = [
     "score: mean over clips of the share of right attributes (colour, shape, motion of every object)",
     "all right: share of clips with every attribute and the ground right and nothing surplus",
     "difference: score minus that of all passes, in points, with the standard error of the paired difference",
-    "PSNR, SSIM: frames against the run of all passes of the same seed. PSNR is of the squared error averaged "
-    "over all clips: clips equal to the reference count with error 0, so that no infinity arises; its median is "
-    f"over clips, infinite if most are equal. SSIM: luma, gaussian {SSIM_WINDOW} x {SSIM_WINDOW} windows, sigma "
-    f"{SSIM_SIGMA}, mean over windows, frames and clips",
+    "PSNR, SSIM: frames against the run of all passes of the same seed. PSNR is of the squared error "
+    "averaged over all clips: clips equal to the reference count with error 0, so that no infinity arises; "
+    "its median is over clips, infinite if most are equal. SSIM: luma, gaussian windows of "
+    f"{SSIM_WINDOW} x {SSIM_WINDOW} pixels, sigma {SSIM_SIGMA}, mean over windows, frames and clips",
     "calls: model evaluations of a clip, denoise and context passes, mean over the clips made",
     "captured: share of the error removable by refining, in latent space, that a policy removes, replayed on "
-    "records of runs with all passes (calls_replayed: its mean model calls there). Beside it, at equal calls: "
-    "oracle (the best allocation within every clip, pass by pass), random (the first chunk in full, then by "
-    "chance, in passes or whole chunks, whichever captures more), static (best mix of the fixed policies), "
-    "calibrated (DSA at that budget)",
+    "records of runs with all passes (calls_replayed: its mean model calls there). Beside it, at equal "
+    "calls: oracle (the best allocation within every clip, pass by pass), random (the first chunk in full, "
+    "then by chance, in passes or whole chunks, whichever captures more), static (best mix of the fixed "
+    "policies), calibrated (DSA at that budget)",
     *speed.INCLUDES,
 ]
 
 
 def default_rows(chunks: int, passes: int) -> tuple[str, ...]:
     """Static policies, the paper's rule, and the calibrated rule at three targets, decided per pass and per
-    chunk."""
+    chunk.
+    """
     dense_calls = chunks * (passes + 1)
     targets = [f"dsa-calibrated:calls={share * dense_calls:g}" for share in TARGETS]
     return (*STATIC, *PAPER, *(f"{target}{once}" for target in targets for once in ("", ",retest=no")))
@@ -110,7 +112,8 @@ def add_captured(
     rows: dict[str, dict[str, Any]], records: Records, calibration: Calibration | None
 ) -> dict[str, allocation.Curve]:
     """Captured error of every row, with the value of each curve at equal calls beside it; returns the
-    curves."""
+    curves.
+    """
     static = [name for name in STATIC if _fits(name, records.passes)]
     points = {
         name: allocation.captured(name, records, calibration) for name in dict.fromkeys((*rows, *static))
@@ -243,7 +246,8 @@ def _calibrated(name: str) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make, measure, print, write ``quality.json``, ``quality-clips.json`` and two pictures; 1 where a bound
-    is missed."""
+    is missed.
+    """
     parse = common.parser(
         "quality", "Quality, model calls, captured error and speed of every policy on held-out prompts."
     )

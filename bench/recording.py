@@ -6,7 +6,8 @@ of theirs; err_p = mean (x0_p - x0_last)^2 over the chunk's tokens, x0_p being t
 What refining can remove is err_1; a policy that stops after pass p captures err_1 - err_p of it.
 
 The runtime's own loop, weights, dtype and noise make the records: a pass is seen by looking over the
-sampler's shoulder."""
+sampler's shoulder.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ class ClipRecord:
 @torch.no_grad()
 def record_clip(dense: Generate, prompt: str, seed: int) -> ClipRecord:
     """One clip with all passes, watched. dense: any compiled function of a bundle with a head, for its
-    settings."""
+    settings.
+    """
     runtime, settings = dense.runtime, dense.settings
     assert runtime.head is not None
     config = runtime.model.config
@@ -98,7 +100,8 @@ def correlations(records: Records, cases: Sequence[Case]) -> dict[str, Any]:
     clip of two motions counts in both): first-pass confidence against removable error. within_clips: mean
     over clips of each clip's own correlation over its later chunks, which is what a budget per clip can use.
     by_pass: confidence after pass p against what the remaining passes remove, later chunks. mean_confidence:
-    by pass."""
+    by pass.
+    """
     confidence, error = records.confidence, records.error
     first, removable = confidence[..., 0], error[..., 0]
     within = [spearman(c[1:], e[1:]) for c, e in zip(first, removable, strict=True)]

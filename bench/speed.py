@@ -4,7 +4,8 @@ keeps up.
     python -m bench.speed
 
 Every figure is the median over runs with the 20th and 80th percentile, after warm-up. Policies take turns run
-by run, so that a change of the machine's clock meets all of them alike."""
+by run, so that a change of the machine's clock meets all of them alike.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ INCLUDES = [
 class Run:
     """One timed clip. gaps_ms: between chunks handed out. passes_before_first_frame: denoise passes of the
     second chunk that had run when the first was handed out; early: that was before the second chunk was
-    denoised."""
+    denoised.
+    """
 
     stats: Stats
     first_frame_ms: float
@@ -200,8 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(report(rows))
     for name, reason in refused.items():
         print(f"not run: {name}: {reason}")
-    print(f"median (p20-p80) of {options.runs} clips, {torch.get_num_threads()} threads; faster than it "
-          f"plays: the slowest of them, end to end, against {runtime.manifest.fps:g} frames a second")  # fmt: skip
+    print(f"median (p20-p80) of {options.runs} clips, {torch.get_num_threads()} threads; faster "
+          f"than it plays: the slowest of them, end to end, against {runtime.manifest.fps:g} frames a second")  # fmt: skip
     if busy := common.warn_if_busy(result):
         print(busy)
     print("written:", common.show_path(common.write_json(options.out, "speed.json", result)))

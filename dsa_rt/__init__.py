@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         PromptError,
         ShapeError,
     )
-    from dsa_rt.export import export
+    from dsa_rt.exporting import export
     from dsa_rt.generate import Chunk, Generate, Session
     from dsa_rt.media import Video
     from dsa_rt.policy import DSA, Fixed
@@ -38,7 +38,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "BundleError": "errors", "Cancelled": "errors", "DsaRtError": "errors", "MemoryLimitError": "errors",
     "OptionError": "errors", "OutputError": "errors", "PolicyError": "errors", "PromptError": "errors",
-    "ShapeError": "errors", "export": "export", "Chunk": "generate", "Generate": "generate", "Session": "generate",
+    "ShapeError": "errors", "export": "exporting", "Chunk": "generate", "Generate": "generate", "Session": "generate",
     "Video": "media", "DSA": "policy", "Fixed": "policy", "Event": "progress", "Runtime": "runtime",
     "load": "runtime", "Stats": "stats",
 }  # fmt: skip

@@ -117,7 +117,7 @@ def _kind(bundle: Bundle, part: str, known: str, config: type[Any]) -> type[Any]
 def _device(device: str | torch.device) -> torch.device:
     try:
         place = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise OptionError(f"device {device!r} is unknown; expected 'cpu', 'cuda' or 'cuda:N'") from error
     if place.type not in ("cpu", "cuda"):
         raise OptionError(f"device {str(device)!r} is not supported; expected 'cpu', 'cuda' or 'cuda:N'")

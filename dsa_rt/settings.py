@@ -87,9 +87,9 @@ def settle(
                 )
         default = manifest.schedule.steps if isinstance(manifest.schedule.steps, int) else len(manifest.schedule.steps)
         sigmas = euler_sigmas(_whole("steps", default if steps is None else steps), manifest.schedule.shift)
-        guidance = manifest.guidance if guidance_scale is None else float(guidance_scale)
-        if not 0 <= guidance <= 100:
-            raise OptionError(f"guidance_scale is {guidance}; expected 0 to 100 (1 = no guidance)")
+        guidance = manifest.guidance if guidance_scale is None else guidance_scale
+        if not isinstance(guidance, int | float) or not 0 <= guidance <= 100:
+            raise OptionError(f"guidance_scale is {guidance!r}; expected a number from 0 to 100 (1 = no guidance)")
         chunk, window, sink = latent_frames, latent_frames, 0
     chosen = _policy(policy, causal, runtime.head is not None)
     grid = TokenGrid(

@@ -21,7 +21,7 @@ from dsa_rt.cli import main
 from dsa_rt.codec.conv import ConvCodec, ConvCodecConfig
 from dsa_rt.codec.text import GrammarTextConfig, GrammarTextEncoder
 from dsa_rt.demo.grammar import MAX_WORDS, VOCABULARY
-from dsa_rt.export import export
+from dsa_rt.exporting import export
 from dsa_rt.models.confidence import ConfidenceConfig, ConfidenceHead
 from dsa_rt.models.wan import WanConfig, WanModel
 from dsa_rt.progress import Event, caption, progress

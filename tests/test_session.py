@@ -77,20 +77,21 @@ def test_endless_memory_is_flat(causal: Runtime) -> None:
     sizes = []
     for index in range(40):
         session.next_chunk()
-        if index in (9, 24, 39):
+        if index in (9, 39):
             sizes.append(live_bytes())
-    assert sizes[0] == sizes[1] == sizes[2]
+    assert sizes[0] == sizes[1]
     assert session.stats().frames == 1 + 12 * 40 - 4
 
 
 def test_memory_is_flat_over_generations(causal: Runtime) -> None:
     generate, sizes = causal.compile(policy="dsa-paper"), []
-    for seed in range(4):
-        generate(PROMPT, seed)
-        next(generate.stream(PROMPT, seed))
-        generate.session(PROMPT, seed, endless=True).next_chunk()
+    for _ in range(2):
+        for seed in range(3):
+            generate(PROMPT, seed)
+            next(generate.stream(PROMPT, seed))
+            generate.session(PROMPT, seed, endless=True).next_chunk()
         sizes.append(live_bytes())
-    assert len(set(sizes)) == 1
+    assert sizes[0] == sizes[1]
 
 
 def live_bytes() -> int:
@@ -225,8 +226,11 @@ def test_past_the_end(causal: Runtime) -> None:
             act()
 
 
-@pytest.mark.parametrize("kind", ["pass", "context", "decode", "chunk", "text"])
-@pytest.mark.parametrize("form", ["causal", "many_step"])
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [*(("causal", kind) for kind in ("text", "pass", "context", "decode", "chunk")),
+     *(("many_step", kind) for kind in ("text", "pass", "decode", "chunk"))],
+)  # fmt: skip
 def test_cancelled_from_an_event(request: pytest.FixtureRequest, form: str, kind: str) -> None:
     """At most one more pass after the flag; the function stays as it was."""
     generate = request.getfixturevalue(form).compile(policy="dense")
@@ -345,7 +349,9 @@ def test_events_of_endless_and_many_step(causal: Runtime, many_step: Runtime) ->
     assert {e.chunks for e in events} == {None}
     events.clear()
     many_step.compile(steps=2)(PROMPT, on_event=events.append)
-    assert [(e.kind, e.passes) for e in events][:3] == [("text", 0), ("pass", 1), ("pass", 2)]
+    assert [(e.kind, e.passes) for e in events] == [
+        ("text", 0), ("pass", 1), ("pass", 2), ("decode", 2), ("chunk", 2)
+    ]  # fmt: skip
     assert {(e.chunks, e.passes_scheduled) for e in events} == {(1, 2)}
 
 

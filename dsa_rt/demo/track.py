@@ -31,9 +31,7 @@ _HUE = _PALETTE / _STRENGTH[:, None]
 
 COLOURED = 0.4  # of its palette colour's chroma: paler pixels belong to no object
 VISIBLE_AREA = 45.0  # square pixels of a 96 x 96 frame: about a fifth of the smallest object of the world
-SHAPE_FIT = (
-    0.8  # least overlap (intersection over union) with the ideal, equally soft, that counts as a shape
-)
+SHAPE_FIT = 0.8  # least overlap (intersection over union) with the ideal that counts as a shape
 SOFTEST = 3.0  # pixels (standard deviation) of blur beyond which an outline is no shape any more
 _SIDES = {"square": 4, "triangle": 3}
 
@@ -55,7 +53,7 @@ class Track:
     centre: Array  # [T, 2] x, y
     angle: Array  # [T] radians, continuous; 0 for circles
     shape: NDArray[np.int8]  # [T] best fitting shape, index into SHAPES; -1 where none fits
-    fit: Array  # [T, 3] overlap with the ideal circle, square, triangle of the same centre, area, angle, softness
+    fit: Array  # [T, 3] overlap with the ideal circle, square, triangle of the same centre, area and angle
     softness: Array  # [T] standard deviation of the blur of the outline
     elsewhere: Array  # [T] area of the same colour outside the object
     rgb: tuple[int, int, int]  # mean colour of the object's inside
@@ -85,7 +83,7 @@ def track(frames: NDArray[np.uint8], palette: Palette, colour: str) -> Track | N
     if pixels.max() < VISIBLE_AREA * scale**2:
         return None
 
-    # Most blob pixels are wholly covered: their upper quartile is the object's chroma. The rim is read softly.
+    # Most blob pixels are wholly covered: their upper quartile is the object's chroma.
     along = sum(_windows(c, seeds, half) * h for c, h in zip(palette.chroma, _HUE[number], strict=True))
     near = _grow(_grow(_grow(blob))) & ~other
     cover = np.where(near, np.clip(along / np.percentile(along[blob], 75), 0, 1), 0).astype(np.float32)
@@ -157,7 +155,7 @@ def _connected(mask: Mask, half: int) -> Mask:
 
 
 def _softness(cover: Array, area: Array) -> Array:
-    """Standard deviation [T] of the blur of an outline: across an edge blurred so, c (1 - c) sums to it / sqrt(pi)."""
+    """Standard deviation [T] of the blur of an outline: c (1 - c) across an edge sums to it / sqrt(pi)."""
     outline = 1.08 * 2 * np.sqrt(np.pi * np.maximum(area, 1e-3))  # between that of a circle and of a triangle
     return (cover * (1 - cover)).sum((1, 2)) * np.sqrt(np.pi) / outline
 
@@ -168,8 +166,8 @@ def _fit_shapes(
     """Phase of the corners and overlap with the ideal picture, both [T, 3], per shape.
 
     A regular shape of k corners has a k-fold moment sum(cover z^k), z = dx + i dy, whose phase is k times the
-    angle of a corner. With centre, area and angle known, each ideal shape is drawn, blurred like the object, since
-    blur makes any outline rounder, and compared.
+    angle of a corner. With centre, area and angle known, each ideal shape is drawn, blurred like the object
+    (blur makes any outline rounder), and compared.
     """
     reach = np.maximum(softness, 0.3)[:, None, None]
     blur = np.exp(-0.5 * ((axis[:, None] - axis[None, :]) / reach) ** 2)

@@ -90,6 +90,13 @@ def train_distillation(
         active = frame_tokens(grid, range(frames), teacher.config.head_dim, per_frame=False, device=device)
         empty = encoder(torch.zeros(batch, encoder.config.length, dtype=torch.int64, device=device))
         recent: list[tuple[Tensor, Tensor]] = []
+
+        def critic_loss(x: Tensor, target: Tensor, sigma: Tensor, text_rows: Tensor) -> Tensor:
+            with autocast(device):
+                velocity = fake(x, active, TRAIN_TIMESTEPS * sigma[:, None], fake.embed_text(text_rows)).velocity
+            return (velocity.float() - target).square().mean()
+
+        critic_loss_of = torch.compile(critic_loss, dynamic=False)
         for step in loop:
             rate = cosine(loop.fraction, 1.0, 0.1, warmup=0.02)
             set_learning_rate(optimizer, rate * learning_rate)
@@ -116,9 +123,7 @@ def train_distillation(
             samples, text_rows = recent[int(torch.randint(len(recent), ()))]
             noise, sigma = torch.randn_like(samples), sample_sigmas(batch, shift).to(device)
             x = add_noise(samples, noise, sigma[:, None, None])
-            with autocast(device):
-                velocity = fake(x, active, TRAIN_TIMESTEPS * sigma[:, None], fake.embed_text(text_rows)).velocity
-            loss = (velocity.float() - (noise - samples)).square().mean()
+            loss = critic_loss_of(x, noise - samples, sigma, text_rows)
             loss.backward()
             nn.utils.clip_grad_norm_(fake.parameters(), 1.0)
             critic.step()
@@ -128,6 +133,9 @@ def train_distillation(
     pair.load_state_dict(load_file(done))
     pair.requires_grad_(False).eval()
     return student, head
+
+
+compiled_guided = torch.compile(guided_velocity, dynamic=False)
 
 
 def generator_step(
@@ -140,7 +148,7 @@ def generator_step(
         sigma = sample_sigmas(len(samples), shift).to(samples.device).clamp(0.02, 0.98)
         wide = sigma[:, None, None]
         x = add_noise(samples, torch.randn_like(samples), wide)
-        real = to_x0(x, guided_velocity(teacher, x, active, sigma, text_rows, empty, guidance), wide)
+        real = to_x0(x, compiled_guided(teacher, x, active, sigma, text_rows, empty, guidance), wide)
         velocity = fake(x, active, TRAIN_TIMESTEPS * sigma[:, None], fake.embed_text(text_rows)).velocity.float()
         difference = to_x0(x, velocity, wide) - real
         difference /= (samples - real).abs().mean((1, 2), keepdim=True).clamp_min(1e-3)

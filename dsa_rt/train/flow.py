@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from dsa_rt.codec.text import GrammarTextConfig, GrammarTextEncoder
 from dsa_rt.models.wan import WanConfig, WanModel
-from dsa_rt.plan import TokenGrid, frame_tokens
+from dsa_rt.plan import ActiveSet, TokenGrid, frame_tokens
 from dsa_rt.schedule import TRAIN_TIMESTEPS, add_noise, sample_sigmas
 from dsa_rt.train.data import LatentClips
 from dsa_rt.train.loop import EMA, Loop, autocast, cosine, set_learning_rate
@@ -52,6 +52,15 @@ def train_flow(
             folder, "flow", state={"pair": pair, "ema": ema, "optimizer": optimizer}, minutes=minutes, steps=steps
         )
         all_frames = clips.rows.shape[1] // grid.tokens
+
+        def velocity_loss(active: ActiveSet, x0: Tensor, noise: Tensor, sigma: Tensor, ids: Tensor) -> Tensor:
+            with autocast(device):
+                text = model.embed_text(encoder(ids))
+                x = add_noise(x0, noise, sigma[:, None, None])
+                velocity = model(x, active, TRAIN_TIMESTEPS * sigma[:, None], text).velocity
+            return (velocity.float() - (noise - x0)).square().mean()
+
+        loss_of = torch.compile(velocity_loss, dynamic=False)  # a third faster; two shapes, half a minute each
         for _ in loop:
             set_learning_rate(optimizer, cosine(loop.fraction, learning_rate, learning_rate / 30))
             frames = min(short_frames, all_frames) if loop.fraction < short_share else all_frames
@@ -62,11 +71,7 @@ def train_flow(
             ids = torch.where(torch.rand(count, 1, device=device) < empty_prompts, 0, ids)
             noise = torch.randn_like(x0)
             sigma = sample_sigmas(count, shift).to(device)
-            with autocast(device):
-                text = model.embed_text(encoder(ids))
-                x = add_noise(x0, noise, sigma[:, None, None])
-                velocity = model(x, active, TRAIN_TIMESTEPS * sigma[:, None], text).velocity
-            loss = (velocity.float() - (noise - x0)).square().mean()
+            loss = loss_of(active, x0, noise, sigma, ids)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(pair.parameters(), 1.0)
             optimizer.step()

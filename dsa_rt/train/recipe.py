@@ -12,7 +12,7 @@ from dsa_rt.bundle import Schedule, Size
 from dsa_rt.codec.text import GrammarTextConfig
 from dsa_rt.demo.grammar import MAX_WORDS, VOCABULARY
 from dsa_rt.errors import OptionError
-from dsa_rt.export import export
+from dsa_rt.exporting import export
 from dsa_rt.models.confidence import ConfidenceConfig
 from dsa_rt.models.wan import WanConfig
 from dsa_rt.plan import TokenGrid

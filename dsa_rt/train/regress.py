@@ -60,6 +60,7 @@ def ode_solutions(
     done = load_file(path) if path.exists() else {}
     parts = [done] if done else []
     have = len(done["ids"]) if done else 0
+    guided = torch.compile(guided_velocity, dynamic=False)
     empty = encoder(torch.zeros(batch, encoder.config.length, dtype=torch.int64, device=device))
     with tqdm(total=count, initial=have, desc="ODE solutions", disable=None) as bar:
         while have < count:
@@ -72,7 +73,7 @@ def ode_solutions(
                     if i in stops:
                         states.append(x)
                     sigma = torch.full((batch,), levels[i], device=device)
-                    v = guided_velocity(model, x, active, sigma, text, empty, guidance)
+                    v = guided(model, x, active, sigma, text, empty, guidance)
                     x = x + (levels[i + 1] - levels[i]) * v
             parts.append({"states": torch.stack([*states, x], 1).bfloat16().cpu(), "ids": ids.cpu()})
             have += batch

@@ -124,21 +124,22 @@ def test_a_long_clip_is_planned_as_a_whole(retest: bool, generator: np.random.Ge
 
 
 def test_a_free_first_chunk_has_its_own_curves() -> None:
-    """The same confidences mean more to gain in one population's first chunks, and in another's later ones."""
-    records = synthetic_records(64, strength=0.9, clip_share=0.0, persistence=0.0)
-    means = []
-    for factor in (0.2, 5.0):
+    """Its confidences are judged among first chunks', and its passes priced by what they remove there."""
+    records = synthetic_records(64, strength=0.9, clip_share=0.0, persistence=0.0, spread=1.2)
+    confidence = records.confidence.copy()
+    confidence[:, 0] *= 0.2  # all below the later chunks'
+    taken = []
+    for factor in (0.2, 1.0, 5.0):
         error = records.error.copy()
         error[:, 0] *= factor
-        calibration = fit_calibration(Records(records.confidence, error))
+        calibration = fit_calibration(Records(confidence, error))
         policy = DSA("calibrated", model_calls=24, refine_first=False)
-        runs = [
-            drive(policy.begin(4, 7, calibration, has_head=True), clip)
-            for clip in records.confidence.tolist()
-        ]
-        means.append(np.mean(runs, 0))
-    assert means[0][0] < means[0][1:].mean() - 0.3
-    assert means[1][0] > means[1][1:].mean() + 0.3
+        deciders = [policy.begin(4, 7, calibration, has_head=True) for _ in confidence]
+        taken.append(np.array([drive(*pair) for pair in zip(deciders, confidence.tolist(), strict=True)]))
+    assert taken[0][:, 0].mean() < taken[0][:, 1:].mean() - 0.3
+    assert taken[2][:, 0].mean() > taken[2][:, 1:].mean() + 0.3
+    ranked = taken[1][np.argsort(confidence[:, 0, 0]), 0]
+    assert ranked[:20].mean() > ranked[-20:].mean() + 0.3
 
 
 @pytest.mark.parametrize("retest", [True, False])
