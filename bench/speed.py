@@ -202,8 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(report(rows))
     for name, reason in refused.items():
         print(f"not run: {name}: {reason}")
-    print(f"median (p20-p80) of {options.runs} clips, {torch.get_num_threads()} threads; faster "
-          f"than it plays: the slowest of them, end to end, against {runtime.manifest.fps:g} frames a second")  # fmt: skip
+    print(f"median (p20-p80) of {options.runs} clips, {torch.get_num_threads()} threads")
+    print(f"faster than it plays: the slowest clip, end to end, against {runtime.manifest.fps:g} frames/s")
     if busy := common.warn_if_busy(result):
         print(busy)
     print("written:", common.show_path(common.write_json(options.out, "speed.json", result)))

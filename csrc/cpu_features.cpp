@@ -10,7 +10,8 @@ const std::vector<std::pair<InstructionSet, std::string>>& instruction_sets() {
 #if defined(DSA_RT_X86)
     __builtin_cpu_init();  // reads the operating system's part too: registers it does not save are not reported
     const bool avx2 = __builtin_cpu_supports("avx2");
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
       sets.emplace_back(InstructionSet::avx512, "avx512");
     if (avx2) sets.emplace_back(InstructionSet::avx2, "avx2");
 #endif

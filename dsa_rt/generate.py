@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dsa_rt.cache import KVCache, TextKV
-from dsa_rt.errors import Cancelled, OptionError
+from dsa_rt.errors import Cancelled, OptionError, PromptError
 from dsa_rt.media import Video
 from dsa_rt.memory import MemoryPlan
 from dsa_rt.ops import backend
@@ -113,10 +113,12 @@ class Generate:
         Clips of a list are made one after the other, each exactly as if it had been asked for alone. Setting the
         ``threading.Event`` ``cancel`` ends the call within one pass with :class:`~dsa_rt.errors.Cancelled`.
         """
-        if isinstance(prompt, str):
+        if isinstance(prompt, str | bytes) or not isinstance(prompt, Sequence):
             if not isinstance(seed, int):
                 raise OptionError(f"seed is {seed!r}; one prompt takes one whole number")
             return self._clip(prompt, seed, on_event, cancel)
+        if not isinstance(seed, int | list | tuple | range):
+            raise OptionError(f"seed is {seed!r}; expected a whole number, or a list with one for each prompt")
         seeds = [seed + i for i in range(len(prompt))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompt):
             raise OptionError(f"{len(prompt)} prompts came with {len(seeds)} seeds; give one seed, or one for each")
@@ -288,6 +290,8 @@ class Session:
         )  # fmt: skip
 
     def _read(self, prompt: str, rows: Tensor | None = None) -> TextKV:
+        if not isinstance(prompt, str):
+            raise PromptError(f"prompt is {prompt!r}; expected text")
         with torch.no_grad():
             rows = self._runtime.text_encoder.encode([prompt]) if rows is None else rows
             return self._runtime.model.embed_text(rows)

@@ -12,6 +12,7 @@ from tiny import make_bundle
 
 from dsa_rt.runtime import Runtime, load
 
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """Tiny tensors: more threads cost time, and the machine may be shared."""

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import dsa_rt
 
 PICTURES = {"av", "matplotlib", "PIL", "tqdm"}
 
@@ -37,9 +40,13 @@ def test_runtime_needs_no_pictures() -> None:
     assert {"dsa_rt", "safetensors"} <= loaded and not loaded & {"diffusers", *PICTURES}
 
 
-def test_names_of_the_package() -> None:
-    import dsa_rt
+def test_export_is_the_function_whatever_was_imported_before() -> None:
+    """No module of the package may be called like a function of it: importing the module would hide the function."""
+    modules = {path.stem for path in Path(dsa_rt.__path__[0]).iterdir()}
+    assert "runtime" in modules and not modules & set(dsa_rt.__all__)
 
+
+def test_names_of_the_package() -> None:
     for name in dsa_rt.__all__:
         assert getattr(dsa_rt, name) is not None
     with pytest.raises(AttributeError, match="'dsa_rt' has no attribute 'compile'"):

@@ -8,6 +8,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -315,7 +316,7 @@ def test_many_step_equals_eager(many_step: Runtime, guidance: float | None, step
     active = frame_tokens(generate.settings.grid, range(9), 24, per_frame=False)
     x = reference.philox_normal(torch.tensor([17]), active.tokens, 16, 0)
     sigmas = euler_sigmas(steps or 3, 5.0)
-    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, following in pairwise(sigmas):
         velocity = model(x, active, torch.full((1, 1), 1000 * sigma), text).velocity
         if scale != 1.0:
             without = model(x, active, torch.full((1, 1), 1000 * sigma), empty).velocity

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -60,7 +62,7 @@ def test_euler_grid(steps: int, shift: float) -> None:
     grid = euler_sigmas(steps, shift)
     np.testing.assert_allclose(grid, _warp(np.linspace(1, 0, steps + 1), shift), rtol=0, atol=1e-14)
     assert len(grid) == steps + 1 and grid[0] == 1 and grid[-1] == 0
-    assert all(a > b for a, b in zip(grid, grid[1:], strict=False))
+    assert all(a > b for a, b in pairwise(grid))
 
 
 def test_noise_and_velocity_are_inverse() -> None:
@@ -75,7 +77,7 @@ def test_noise_and_velocity_are_inverse() -> None:
 
 def test_training_levels_follow_the_warped_uniform() -> None:
     levels = sample_sigmas(20_000, 5.0, torch.Generator().manual_seed(1)).double().numpy()
-    assert 0 <= levels.min() and levels.max() <= 1
+    assert levels.min() >= 0 and levels.max() <= 1
     parts = np.linspace(0.05, 0.95, 19)
     np.testing.assert_allclose(np.quantile(levels, parts), _warp(parts, 5.0), atol=0.02)
 

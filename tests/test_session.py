@@ -140,7 +140,9 @@ def test_a_refused_prompt_changes_nothing(causal: Runtime) -> None:
     assert torch.equal(session.next_chunk().frames, whole[1])
 
 
-@pytest.mark.parametrize(("window", "sink", "chunks"), [(9, 0, 2), (6, 0, 4), (5, 0, 4), (7, 2, 4), (5, 2, 5), (8, 4, 3)])
+@pytest.mark.parametrize(
+    ("window", "sink", "chunks"), [(9, 0, 2), (6, 0, 4), (5, 0, 4), (7, 2, 4), (5, 2, 5), (8, 4, 3)]
+)
 def test_recached_keys_are_those_of_a_fresh_cache(causal: Runtime, window: int, sink: int, chunks: int) -> None:
     """After a change with recache the frames of the window have the K/V that a new cache would get: frame runs of
     the window in order under the new prompt, each run seeing those before it, also where the window cut a chunk."""
@@ -179,7 +181,8 @@ def test_recached_keys_are_those_of_a_fresh_cache(causal: Runtime, window: int, 
     for place, frame in enumerate(kept):
         if frame in after:
             there, here = cache.place(frame) * 6, place * 6
-            torch.testing.assert_close(cache.k[:, :, there : there + 6], fresh.k[:, :, here : here + 6], rtol=0, atol=1e-5)
+            held, expected = cache.k[:, :, there : there + 6], fresh.k[:, :, here : here + 6]
+            torch.testing.assert_close(held, expected, rtol=0, atol=1e-5)
 
 
 def test_recached_chunk_continues_like_a_fresh_rollout(causal: Runtime) -> None:
@@ -309,12 +312,12 @@ def test_a_consumer_that_fails_or_leaves(causal: Runtime) -> None:
     generate = causal.compile(policy="dense")
     whole = clip(generate)
     with pytest.raises(ZeroDivisionError):
-        for chunk in generate.stream(PROMPT):
+        for _ in generate.stream(PROMPT):
             raise ZeroDivisionError
-    for chunk in generate.stream(PROMPT):
+    for first in generate.stream(PROMPT):  # noqa: B007
         break
     stream = generate.stream(PROMPT)
-    assert torch.equal(next(stream).frames, chunk.frames)
+    assert torch.equal(next(stream).frames, first.frames)
     stream.close()  # type: ignore[attr-defined]
     assert list(stream) == []
     assert torch.equal(clip(generate).frames, whole.frames)
@@ -323,7 +326,9 @@ def test_a_consumer_that_fails_or_leaves(causal: Runtime) -> None:
 # Events
 
 
-@pytest.mark.parametrize(("policy", "passes"), [("dense", (4, 4, 4)), ("fixed-3-then-1", (3, 1, 1)), ("dsa-paper", None)])
+@pytest.mark.parametrize(
+    ("policy", "passes"), [("dense", (4, 4, 4)), ("fixed-3-then-1", (3, 1, 1)), ("dsa-paper", None)]
+)
 def test_events_of_a_clip(causal: Runtime, policy: str, passes: tuple[int, ...] | None) -> None:
     """Complete and in order: text, then for each chunk its passes, context, decode, chunk."""
     events: list[Event] = []

@@ -1,7 +1,8 @@
 """What Wan's parameters are called in diffusers, and what they are called here (the original Wan layout).
 
-The affine norm before cross-attention is ``norm3`` here and ``norm2`` there; the other two have no parameters. diffusers
-(and the original checkpoints) embed patches by a convolution, the models here by the equal linear layer over rows.
+The affine norm before cross-attention is ``norm3`` here and ``norm2`` there; the other two have no parameters.
+diffusers and the original checkpoints embed patches by a convolution, the models here by the equal linear layer over
+rows.
 """
 
 from __future__ import annotations

@@ -23,9 +23,7 @@ from dsa_rt.demo.track import Palette, Track, label_colours, track
 from dsa_rt.demo.world import SIZE
 from dsa_rt.errors import ShapeError
 
-FEWEST_FRAMES = (
-    41  # below that the slowest spin and bounce of the world are not told from rest with certainty
-)
+FEWEST_FRAMES = 81  # for that many the world promises a busy half, enough to name any motion
 
 # Shares of frames, from the first that shows the object to the last of the clip.
 THERE = 0.9  # colour: frames with the object

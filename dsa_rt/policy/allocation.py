@@ -68,7 +68,7 @@ class Allocation:
         if budget <= 0:
             return 0
         if left > HORIZON:
-            left, budget = HORIZON, max(1, budget * HORIZON // left)
+            left, budget = HORIZON, max(1, (budget * HORIZON + left // 2) // left)
         row = (self.first if is_first else self.later)[left - 1][level]
         return row[min(budget, len(row) - 1)]
 

@@ -47,6 +47,7 @@ class CodecTraining:
     moment_weight: float = 0.02
     difference_weight: float = 1.0
     colour_weight: float = 3.0
+    motion_weight: float = 3.0
     seed: int = 0
 
 
@@ -139,12 +140,22 @@ def codec_loss(
         latents = codec.encode_groups(frames)
         level = torch.rand(len(frames), 1, 1, 1, 1, device=frames.device) * (2 * recipe.latent_noise)
         decoded = codec.decode_groups(latents + level * torch.randn_like(latents, dtype=torch.float32))
-    saturation = frames.amax(dim=1, keepdim=True) - frames.amin(dim=1, keepdim=True)
-    error = (decoded - frames) * (weight * (1 + recipe.colour_weight * saturation))
+    error = (decoded - frames) * (weight * _emphasis(frames, recipe))
     pixels, l1, mse, difference = _PixelLoss.apply(error, recipe.difference_weight)
     moment = (latents.float().square().mean(dim=(0, 2, 3, 4)) - 1).square().mean()
     parts = {"l1": l1, "mse": mse, "difference": difference, "moment": moment}
     return pixels + recipe.moment_weight * moment, parts
+
+
+def _emphasis(frames: Tensor, recipe: CodecTraining) -> Tensor:
+    """Weight of each pixel [B, 1, 4w, H, W]: more where it has a colour and where its group of four frames moves.
+
+    Without the second, still pixels are so many that the decoder gives four equal frames and motion stutters.
+    """
+    saturation = frames.amax(dim=1, keepdim=True) - frames.amin(dim=1, keepdim=True)
+    groups = frames.unflatten(2, (-1, TIME))
+    motion = (groups.amax(dim=3) - groups.amin(dim=3)).amax(dim=1, keepdim=True)
+    return 1 + recipe.colour_weight * saturation + recipe.motion_weight * motion.repeat_interleave(TIME, dim=2)
 
 
 @torch.no_grad()
@@ -190,7 +201,7 @@ def start_at_principal_components(codec: ConvCodec, render: RenderClip, clips: i
         total += (cells * weight[:, None]).T @ cells
         weights += float(weight.sum())
     values, vectors = torch.linalg.eigh(total / weights)
-    scale = values[-codec.config.z :].flip(0).sqrt()
+    scale = values[-codec.config.z :].flip(0).clamp(min=1e-8).sqrt()  # a world may have fewer components than z
     # [z, channels, 8, 8] in the order of pixel_unshuffle by 8; the paths work on pixels folded by 4 in cells of 2x2.
     components = vectors[:, -codec.config.z :].flip(1).T.unflatten(1, (-1, 2, fold, 2, fold)).permute(0, 1, 3, 5, 2, 4)
     kernel = components.reshape(codec.config.z, -1, 2, 2)
@@ -235,6 +246,7 @@ def train_codec(
     render: RenderClip = render_world_clip,
     checkpoint_seconds: float = 60.0,
     stats_clips: int = 100,
+    decoder_of: str | Path | None = None,
 ) -> ConvCodec:
     """Train a codec for a number of ``steps`` or for ``minutes`` (exactly one of them) and write it to ``out_dir``.
 
@@ -242,21 +254,32 @@ def train_codec(
     steps; and at the end ``model.safetensors`` + ``config.json`` (fp32, latents normalised over ``stats_clips``
     clips) and ``result.json`` with the PSNR on clips never trained on. ``render`` makes the clip of a seed, uint8
     [T, H, W, 3]. Minutes count training steps alone, over all resumed calls. Raises :class:`OptionError`.
+
+    ``decoder_of``, a folder that holds a trained codec: train that codec's decoder alone. Its encoder and the latents'
+    mean and deviation stay as they are, bit for bit, and with them every generator trained on its latents. The codec
+    is then written at every checkpoint.
     """
     if (minutes is None) == (steps is None):
         raise OptionError("train_codec needs either minutes or steps: one of them, not both.")
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    run = _Run(out, config, recipe or CodecTraining(), device, minutes, steps)
+    trained = None if decoder_of is None else load_codec(Path(decoder_of))
+    run = _Run(out, trained.config if trained else config, recipe or CodecTraining(), device, minutes, steps)
+    if trained:
+        run.codec.load_state_dict(trained.state_dict())
+        run.codec.encoder.requires_grad_(False)
+        run.usable = True
     if resume and (out / "state.pt").exists():
         run.restore()
     else:
         (out / "losses.jsonl").unlink(missing_ok=True)
-        start_at_principal_components(run.codec, render)
+        if not trained:
+            start_at_principal_components(run.codec, render)
     if run.progress() < 1:
         run.train(render, bf16, checkpoint_seconds)
     held_out = torch.stack([torch.from_numpy(render(HELD_OUT_SEED + index)) for index in range(stats_clips)])
-    measure_latents(run.codec, held_out)
+    if not trained:
+        measure_latents(run.codec, held_out)
     save_codec(run.codec, out)
     quality = psnr(run.codec, held_out[:32])
     result = {"steps": run.step, "minutes": run.spent / 60, "psnr_mean": float(quality.mean())}
@@ -287,6 +310,7 @@ class _Run:
         self.device = torch.device(device)
         self.step = 0
         self.spent = 0.0
+        self.usable = False  # the codec is whole at any time: each checkpoint writes it too
 
     def progress(self) -> float:
         """Share of the budget that is used up."""
@@ -316,6 +340,8 @@ class _Run:
         }
         torch.save(state, self.out / "state.pt.part")
         os.replace(self.out / "state.pt.part", self.out / "state.pt")
+        if self.usable:
+            save_codec(self.codec, self.out)
 
     def learning_rate(self) -> float:
         """Linear warm-up, then a cosine down to zero at the end of the budget."""

@@ -1,8 +1,9 @@
 """Stage (b): the bidirectional many-step generator, trained by flow matching, with its text encoder.
 
 Loss: mean squared error of the velocity ``noise - x0`` at levels drawn uniformly under the timestep shift. One prompt
-in ten is replaced by the empty one, so that guidance has an unconditional branch. The first part of the budget trains
-on the first latent frames of the clips alone (several times cheaper), the rest on whole clips.
+in ten is replaced by the empty one, so that guidance has an unconditional branch. The first part of the budget, and
+every second step after it, trains on the first latent frames of the clips alone (several times cheaper), the rest on
+whole clips.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dsa_rt.models.wan import WanConfig, WanModel
 from dsa_rt.plan import ActiveSet, TokenGrid, frame_tokens
 from dsa_rt.schedule import TRAIN_TIMESTEPS, add_noise, sample_sigmas
 from dsa_rt.train.data import LatentClips
-from dsa_rt.train.loop import EMA, Loop, autocast, cosine, set_learning_rate
+from dsa_rt.train.loop import EMA, Loop, autocast, cosine, matrix_optimizers, set_learning_rate
 
 
 def train_flow(
@@ -31,9 +32,9 @@ def train_flow(
     minutes: float | None = None,
     steps: int | None = None,
     short_frames: int = 9,
-    short_share: float = 0.5,
+    short_share: float = 0.3,
     batch_tokens: int = 6048,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 2e-3,
     shift: float = 3.0,
     empty_prompts: float = 0.1,
     device: str = "cpu",
@@ -47,10 +48,11 @@ def train_flow(
     if not done.exists():
         nn.init.zeros_(model.head.head.weight)  # the first prediction is no velocity at all
         ema = EMA(pair, 0.998)
-        optimizer = torch.optim.AdamW(pair.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-        loop = Loop(
-            folder, "flow", state={"pair": pair, "ema": ema, "optimizer": optimizer}, minutes=minutes, steps=steps
-        )
+        optimizers = matrix_optimizers(pair, learning_rate)
+        state: dict[str, nn.Module | torch.optim.Optimizer | EMA] = {
+            "pair": pair, "ema": ema, "matrices": optimizers[0], "others": optimizers[1],
+        }  # fmt: skip
+        loop = Loop(folder, "flow", state=state, minutes=minutes, steps=steps)
         all_frames = clips.rows.shape[1] // grid.tokens
 
         def velocity_loss(active: ActiveSet, x0: Tensor, noise: Tensor, sigma: Tensor, ids: Tensor) -> Tensor:
@@ -61,9 +63,11 @@ def train_flow(
             return (velocity.float() - (noise - x0)).square().mean()
 
         loss_of = torch.compile(velocity_loss, dynamic=False)  # a third faster; two shapes, half a minute each
-        for _ in loop:
-            set_learning_rate(optimizer, cosine(loop.fraction, learning_rate, learning_rate / 30))
-            frames = min(short_frames, all_frames) if loop.fraction < short_share else all_frames
+        for step in loop:
+            for optimizer in optimizers:
+                set_learning_rate(optimizer, cosine(loop.fraction, learning_rate, learning_rate / 30))
+            short = loop.fraction < short_share or step % 2 == 1
+            frames = min(short_frames, all_frames) if short else all_frames
             active = frame_tokens(grid, range(frames), config.head_dim, per_frame=False, device=device)
             count = max(1, batch_tokens // len(active.tokens))
             x0, ids = clips.batch(count, device)
@@ -74,8 +78,9 @@ def train_flow(
             loss = loss_of(active, x0, noise, sigma, ids)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(pair.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+            pair.zero_grad()
             ema.update()
             loop.log(loss=loss.detach(), gradient=norm)
         save_file({k: v.contiguous() for k, v in ema.shadow.items()}, done)

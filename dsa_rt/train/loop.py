@@ -121,6 +121,17 @@ class EMA:
         self.updates, self.shadow = state["updates"], state["shadow"]
 
 
+def matrix_optimizers(module: nn.Module, learning_rate: float) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """Muon for the matrices inside transformer blocks, at AdamW's scale of update, and AdamW for all else."""
+    matrices = [p for name, p in module.named_parameters() if "blocks." in name and p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in module.parameters() if id(p) not in chosen]
+    return (
+        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01),
+    )
+
+
 def cosine(fraction: float, peak: float, floor: float, warmup: float = 0.03) -> float:
     """Learning rate: linear warm-up, then a half cosine from ``peak`` to ``floor``."""
     import math

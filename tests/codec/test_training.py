@@ -170,6 +170,19 @@ def test_psnr_is_its_definition() -> None:
     assert float(psnr(codec, clip)[0]) == pytest.approx(expected, abs=1e-3)
 
 
+def test_a_decoder_can_be_trained_alone(tmp_path: Path) -> None:
+    codec = train_codec(tmp_path / "a", steps=2, config=SIZES, recipe=RECIPE, render=shaded_clip, stats_clips=3)
+    after = train_codec(
+        tmp_path / "b", steps=3, recipe=RECIPE, render=shaded_clip, stats_clips=3, decoder_of=tmp_path / "a"
+    )
+    clips = as_frames(torch.stack([torch.from_numpy(shaded_clip(seed)) for seed in range(3)]))
+    latents = codec.encode(clips)
+    assert torch.equal(latents, after.encode(clips))
+    assert not torch.equal(codec.decode(latents), after.decode(latents))
+    read = load_codec(tmp_path / "b")
+    assert torch.equal(read.decode(latents), after.decode(latents))
+
+
 def test_other_sizes_cannot_be_resumed(tmp_path: Path) -> None:
     train_codec(tmp_path, steps=1, config=SIZES, recipe=RECIPE, render=shaded_clip, stats_clips=2)
     with pytest.raises(OptionError, match=r"trained with sizes.*resume=False"):

@@ -117,7 +117,7 @@ def test_ground_and_surplus_objects_are_reported(ground: str) -> None:
     assert result.attributes == 1 and result.surplus == ("blue",) and not result.all_right
 
 
-@pytest.mark.parametrize("at", [24, 40, 60])
+@pytest.mark.parametrize("at", [20, 40, 64])
 @pytest.mark.parametrize("motion", STEADY)
 def test_a_change_midway_fails(motion: str, at: int) -> None:
     """One seed gives one path, so two renders spliced together are one object that changes."""

@@ -30,8 +30,9 @@ def plain_head(state: dict[str, Tensor], heads: int, taps: list[Tensor], eps: fl
         dim = tokens.shape[-1]
         query = w[f"{block}.query"].expand(len(tokens), 1, dim)
         tokens = norm(f"{block}.norm_tokens", tokens.double())
-        q = F.rms_norm(linear(f"{block}.q", norm(f"{block}.norm_query", query)), (dim,), w[f"{block}.norm_q.weight"], eps)
-        k = F.rms_norm(linear(f"{block}.k", tokens), (dim,), w[f"{block}.norm_k.weight"], eps)
+        q, k = linear(f"{block}.q", norm(f"{block}.norm_query", query)), linear(f"{block}.k", tokens)
+        q = F.rms_norm(q, (dim,), w[f"{block}.norm_q.weight"], eps)
+        k = F.rms_norm(k, (dim,), w[f"{block}.norm_k.weight"], eps)
         v = linear(f"{block}.v", tokens)
         identity, nothing = torch.eye(dim, dtype=torch.float64), torch.zeros(dim, dtype=torch.float64)
         attended, _ = F.multi_head_attention_forward(

@@ -111,16 +111,18 @@ def test_busy_spans_get_what_calm_ones_leave(chunks: int | None, retest: bool) -
 
 @pytest.mark.parametrize("retest", [True, False])
 def test_a_long_clip_is_planned_as_a_whole(retest: bool, generator: np.random.Generator) -> None:
+    """Halves of equal confidences get about equal passes, though only HORIZON chunks are looked ahead."""
     records = synthetic_records(64, strength=0.9, spread=1.2, seed=1)
-    chunks = 5 * HORIZON
-    decider = DSA("calibrated", retest, passes_per_chunk=2.2).begin(
-        4, chunks, fit_calibration(records), has_head=True
-    )
-    own = synthetic_records(
-        1, chunks, strength=0.9, spread=1.2, clip_share=0.0, seed=int(generator.integers(1 << 30))
-    )
-    taken = drive(decider, own.confidence[0].tolist())
-    assert abs(np.mean(taken[1 : chunks // 2]) - np.mean(taken[chunks // 2 :])) < 0.6
+    calibration = fit_calibration(records)
+    half = 3 * HORIZON
+    for _ in range(5):
+        levels = np.quantile(records.confidence[:, 1:], (np.arange(half) + 0.5) / half, axis=(0, 1))
+        script = np.concatenate([generator.permutation(levels) for _ in range(2)]).tolist()
+        decider = DSA("calibrated", retest, passes_per_chunk=2.2).begin(
+            4, 2 * half, calibration, has_head=True
+        )
+        taken = drive(decider, script)
+        assert abs(np.mean(taken[1:half]) - np.mean(taken[half:])) < 1.0
 
 
 def test_a_free_first_chunk_has_its_own_curves() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from plain_wan import plain_wan, token_positions
@@ -33,7 +35,7 @@ def test_euler_with_guidance(guidance: float, steps: int) -> None:
     active = frame_tokens(GRID, FRAMES, 24, per_frame=False)
     x = reference.philox_normal(torch.tensor([77]), torch.arange(tokens), 12, 0)
     exact, positions = x.double(), token_positions(list(FRAMES), 3, 2)
-    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, following in pairwise(sigmas):
         timestep = torch.full((1, 1), 1000 * sigma)
         velocity = model(x, active, timestep, text).velocity
         if guidance != 1.0:

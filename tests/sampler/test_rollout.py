@@ -1,4 +1,4 @@
-"""The autoregressive loop under scripted decisions, against a loop written out here and against fp64 without a cache."""
+"""The autoregressive loop under scripted decisions: which passes run, on what, and the clip in fp64 without a cache."""
 
 from __future__ import annotations
 
@@ -118,9 +118,7 @@ def test_passes_are_the_scripted_ones() -> None:
     rollout, model, _ = start(decider, seed=5, head=head)
     reported: list[tuple[int, float | None]] = []
     chunks = [rollout.next_chunk(lambda done, c: reported.append((done, c)), lambda: None) for _ in passes]
-    expected = [
-        (chunk, number if number <= count else 0) for chunk, count in enumerate(passes) for number in range(1, count + 2)
-    ]
+    expected = [(chunk, number) for chunk, count in enumerate(passes) for number in (*range(1, count + 1), 0)]
     assert len(model.calls) == len(expected) == sum(passes) + len(passes)
     for (chunk, number), (rows, timesteps, taps) in zip(expected, model.calls, strict=True):
         level = SIGMAS[number - 1] if number else 0.0
