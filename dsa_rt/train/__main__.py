@@ -18,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--scale", default="cpu", help="quick (minutes, to see it run), cpu (hours) or gpu")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--upto", choices=STAGES, help="stop after this stage")
+    parser.add_argument("--start", help="a many-step bundle to go on from, such as demo-many-step")
     for stage in STAGES:
         parser.add_argument(f"--{stage}-minutes", type=float, help=f"budget of the {stage} stage")
     parser.add_argument("--clips", type=int, help="clips to render and encode")
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dsa_rt.train.recipe import run
 
     try:
-        run(options.pop("out"), options.pop("scale"), options.pop("device"), options.pop("upto"), **options)
+        run(**options)
     except DsaRtError as error:
         print(f"dsa-rt train: error: {error}", file=sys.stderr)
         return 2

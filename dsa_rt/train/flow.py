@@ -38,15 +38,24 @@ def train_flow(
     shift: float = 3.0,
     empty_prompts: float = 0.1,
     device: str = "cpu",
+    start: tuple[WanModel, GrammarTextEncoder] | None = None,
 ) -> tuple[WanModel, GrammarTextEncoder]:
-    """Train (or resume) and return the averaged generator and text encoder; also written to ``folder``."""
+    """Train (or resume) and return the averaged generator and text encoder; also written to ``folder``.
+
+    start: weights to go on from, in place of random ones.
+    """
     torch.manual_seed(1)
     pair = nn.ModuleDict({"model": WanModel(config), "text": GrammarTextEncoder(text_config)}).to(device)
     model, encoder = pair["model"], pair["text"]
     assert isinstance(model, WanModel) and isinstance(encoder, GrammarTextEncoder)
     done = folder / "flow.safetensors"
     if not done.exists():
-        nn.init.zeros_(model.head.head.weight)  # the first prediction is no velocity at all
+        if start is None:
+            nn.init.zeros_(model.head.head.weight)  # the first prediction is no velocity at all
+        else:
+            model.load_state_dict(start[0].state_dict())
+            encoder.load_state_dict(start[1].state_dict())
+            short_share = 0.0
         ema = EMA(pair, 0.998)
         optimizers = matrix_optimizers(pair, learning_rate)
         state: dict[str, nn.Module | torch.optim.Optimizer | EMA] = {

@@ -45,7 +45,7 @@ class Recipe:
 
 SCALES = {
     "quick": Recipe(0.5, 64, 0.5, 16, 8, 0.5, 0.5, 0.2, 32),
-    "cpu": Recipe(12, 5000, 40, 320, 16, 8, 35, 4, 256),
+    "cpu": Recipe(20, 4000, 90, 240, 16, 8, 40, 4, 192),
     "gpu": Recipe(6, 40000, 10, 2048, 24, 3, 15, 2, 512, batch_tokens=48384, batch=32),
 }
 
@@ -57,23 +57,33 @@ def generator_config(form: str) -> WanConfig:
     )  # fmt: skip
 
 
-def run(out: Path, scale: str, device: str = "cpu", upto: str | None = None, **changes: Any) -> None:
+def run(
+    out: Path, scale: str, device: str = "cpu", upto: str | None = None, start: str | None = None, **changes: Any
+) -> None:  # fmt: skip
     """Train everything under ``out`` and write ``out/bundles/streaming`` and ``out/bundles/many-step``.
 
     scale: a name of ``SCALES``; changes: single fields of the recipe. upto: stop after this stage ("codec", "flow",
-    "regression", "distillation", "head").
+    "regression", "distillation", "head"). start: a many-step bundle whose codec is kept and whose generator and text
+    encoder are trained on, in place of starting from nothing.
     """
     if scale not in SCALES:
         raise OptionError(f"scale {scale!r} is unknown; expected one of {', '.join(SCALES)}")
     recipe = replace(SCALES[scale], **{k: v for k, v in changes.items() if v is not None})
-    from dsa_rt.train.codec import load_codec, train_codec
+    from dsa_rt.runtime import load
+    from dsa_rt.train.codec import load_codec, save_codec, train_codec
     from dsa_rt.train.data import LatentClips, encode_clips
     from dsa_rt.train.distill import train_distillation
     from dsa_rt.train.flow import train_flow
     from dsa_rt.train.head import calibration_records, fit_head
     from dsa_rt.train.regress import train_regression
 
-    if not (out / "codec" / "model.safetensors").exists():
+    before = load(start, dtype="fp32") if start is not None else None
+    if before is not None and before.model.config != generator_config("bidirectional"):
+        raise OptionError(f"bundle {start!r} has a generator of other sizes or form; start from 'demo-many-step'")
+    if not (out / "codec" / "model.safetensors").exists() and before is not None:
+        (out / "codec").mkdir(parents=True, exist_ok=True)
+        save_codec(before.codec, out / "codec")
+    elif not (out / "codec" / "model.safetensors").exists():
         train_codec(out / "codec", minutes=recipe.codec_minutes, device=device)
     codec = load_codec(out / "codec")
     if upto == "codec":
@@ -86,10 +96,10 @@ def run(out: Path, scale: str, device: str = "cpu", upto: str | None = None, **c
     clips = LatentClips(out / "clips")
     teacher, encoder = train_flow(
         out / "flow", clips, config, text_config, grid, minutes=recipe.flow_minutes, batch_tokens=recipe.batch_tokens,
-        device=device,
+        device=device, start=None if before is None else (before.model, before.text_encoder),
     )  # fmt: skip
     size = Size(SIDE, SIDE, FRAMES)
-    notes = {"scale": scale, "recipe": asdict(recipe), "torch": torch.__version__, "device": device}
+    notes = {"scale": scale, "start": start, "recipe": asdict(recipe), "torch": torch.__version__, "device": device}
     export(
         out / "bundles" / "many-step", name="dsa_rt demo, many-step", model=teacher, codec=codec, text_encoder=encoder,
         schedule=Schedule(SHIFT, MANY_STEPS), size=size, guidance=GUIDANCE, training=notes, overwrite=True,
