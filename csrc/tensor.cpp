@@ -177,8 +177,8 @@ const TensorView& Signature::tensor(const char* name, py::handle tensor, std::in
   }
   view.device = device_of(tensor);
   if (!views_.empty() && !(view.device == views_.front().device))
-    fail(std::string(name) + " is on " + std::string(py::str(tensor.attr("device"))) + ", expected " + views_.front().name +
-         "'s device" + (views_.front().device.kind == DeviceKind::cpu ? ", cpu" : ""));
+    fail(std::string(name) + " is on " + std::string(py::str(tensor.attr("device"))) + ", expected " +
+         views_.front().name + "'s device" + (views_.front().device.kind == DeviceKind::cpu ? ", cpu" : ""));
   view.dtype = torch.dtype_of(tensor.attr("dtype"));
   bind_dtype(view, dtypes, tensor);
   bind_shape(view, dims);
@@ -218,7 +218,9 @@ void Signature::bind_shape(const TensorView& view, std::initializer_list<const c
   for (const char* dim : dims) {
     const Binding* bound = find(dims_, dim);
     if (bound && bound->value != view.shape[d]) agrees = false;
-    expected.push_back(bound ? std::string(dim) + "=" + std::to_string(bound->value) + " as in " + bound->argument : dim);
+    std::string text = dim;
+    if (bound) text += "=" + std::to_string(bound->value) + " as in " + bound->argument;
+    expected.push_back(text);
     if (!bound) dims_.push_back({dim, view.shape[d], view.name});
     ++d;
   }

@@ -78,8 +78,8 @@ class Signature {
 
   // The view of `tensor` once its type, device, dtype, shape, strides and alignment are as stated. The last dimension
   // must be contiguous; elements of an output must not share memory with each other. The view lives as long as *this.
-  const TensorView& tensor(const char* name, py::handle tensor, std::initializer_list<const char*> dims, DtypeRule dtypes,
-                           Access access = Access::read);
+  const TensorView& tensor(const char* name, py::handle tensor, std::initializer_list<const char*> dims,
+                           DtypeRule dtypes, Access access = Access::read);
 
   int64_t size(const char* dim) const;
   Device device() const { return views_.front().device; }

@@ -147,7 +147,7 @@ def _window(
             f"window {window} with sink {sink!r} does not hold a chunk of {chunk} latent frames beside the sink; "
             f"expected sink >= 0 and window >= sink + {chunk}"
         )
-    return min(window, max(latent_frames, sink + chunk)), sink
+    return window, sink  # a window longer than the clip is for sessions without end
 
 
 def _policy(policy: str | Policy | None, causal: bool, has_head: bool) -> Policy:

@@ -109,6 +109,13 @@ def test_endless_begins_like_a_clip(causal: Runtime) -> None:
     assert session.next_chunk().frames.shape == (12, 48, 32, 3)  # and it goes on
 
 
+def test_endless_keeps_the_window_that_was_asked_for(causal: Runtime) -> None:
+    """Also one that is longer than the compiled clip: the same chunks as of a function compiled for more frames."""
+    short = causal.compile(frames=9, policy="fixed-1", window=9).session(PROMPT, 3, endless=True)
+    long = causal.compile(frames=33, policy="fixed-1").session(PROMPT, 3, endless=True)
+    assert all(torch.equal(short.next_chunk().frames, long.next_chunk().frames) for _ in range(4))
+
+
 # Prompts
 
 
@@ -187,22 +194,22 @@ def test_recached_keys_are_those_of_a_fresh_cache(causal: Runtime, window: int, 
 
 def test_recached_chunk_continues_like_a_fresh_rollout(causal: Runtime) -> None:
     """Past the window, what a chunk sees after a change with recache: the window's frames and no others."""
-    session = causal.compile(policy="fixed-1", window=6, sink=0).session(PROMPT, 2, endless=True)
+    session = causal.compile(policy="fixed-1", window=9, sink=0).session(PROMPT, 2, endless=True)
     rows = [session.settings.grid.patchify(session.next_chunk().latents[None]) for _ in range(4)]
     session.set_prompt(OTHER, recache=True)
     got = session.next_chunk().latents
     text, own = causal.text_encoder.encode([OTHER]), torch.arange(12 * 6, 15 * 6)
     noise = reference.philox_normal(torch.tensor([2]), own, 16, 0)
-    # Chunks 2 and 3 were in the window when the prompt changed; chunk 2 leaves it for chunk 4, chunk 3 has seen it.
-    chunk_of = torch.arange(9 * 6) // 18
-    mask = (chunk_of[:, None] >= chunk_of) & ~((chunk_of[:, None] == 2) & (chunk_of == 0))
-    times = torch.zeros(1, 54)
-    times[:, 36:] = 1000.0
+    # Chunks 1 to 3 were in the window when the prompt changed; chunk 1 leaves it for chunk 4, the others have seen it.
+    chunk_of = torch.arange(12 * 6) // 18
+    mask = (chunk_of[:, None] >= chunk_of) & ~((chunk_of[:, None] == 3) & (chunk_of == 0))
+    times = torch.zeros(1, 72)
+    times[:, 54:] = 1000.0
     velocity, _ = plain_wan(
-        causal.model.state_dict(), 2, torch.cat([rows[2], rows[3], noise], 1),
-        token_positions(list(range(6, 15)), 3, 2), times, text, mask,
+        causal.model.state_dict(), 2, torch.cat([*rows[1:], noise], 1), token_positions(list(range(3, 15)), 3, 2),
+        times, text, mask,
     )  # fmt: skip
-    expected = session.settings.grid.unpatchify(noise - velocity[:, 36:])[0]
+    expected = session.settings.grid.unpatchify(noise - velocity[:, 54:])[0]
     assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
 
 

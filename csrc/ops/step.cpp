@@ -45,7 +45,8 @@ Rows rows_of(const TensorView& view) { return {view.data, view.stride[0], view.s
 template <class Params>
 void run_rows(void (*kernel)(const Params&, int64_t, int64_t), const Params& params, int64_t elements, int threads) {
   const int64_t grain = elements / std::max<int64_t>(params.width, 1);
-  parallel_for(params.batch * params.rows, grain, threads, [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+  parallel_for(params.batch * params.rows, grain, threads,
+               [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
 }
 
 constexpr int64_t copy_grain = 1 << 16, noise_grain = 1 << 13;  // elements; roughly 20 µs of work each
@@ -66,7 +67,8 @@ class PhiloxNormal {
     const auto& s = op_.tensor("seeds", seeds, {"B"}, Dtype::int64);
     const auto& t = op_.tensor("tokens", tokens, {"A"}, Dtype::int64);
     op_.check_overlap();
-    params_ = {rows_of(o), s.as<int64_t>(), t.as<int64_t>(), op_.size("B"), op_.size("A"), op_.size("P"), draw_of(op_, draw)};
+    params_ = {rows_of(o),     s.as<int64_t>(), t.as<int64_t>(),    op_.size("B"),
+               op_.size("A"), op_.size("P"),   draw_of(op_, draw)};
   }
 
   void run(const Launch& launch) {
@@ -96,9 +98,19 @@ class Renoise {
     const auto& s = op_.tensor("seeds", seeds, {"B"}, Dtype::int64);
     const auto& t = op_.tensor("tokens", tokens, {"A"}, Dtype::int64);
     op_.check_overlap({{"out", "x"}, {"out", "velocity"}});
-    params_ = {rows_of(o), clean ? rows_of(*clean) : Rows{}, rows_of(from), rows_of(v), s.as<int64_t>(), t.as<int64_t>(),
-               op_.size("B"), op_.size("A"), op_.size("P"), static_cast<float>(sigma), static_cast<float>(1.0 - sigma_next),
-               static_cast<float>(sigma_next), draw_of(op_, draw)};
+    params_ = {rows_of(o),
+               clean ? rows_of(*clean) : Rows{},
+               rows_of(from),
+               rows_of(v),
+               s.as<int64_t>(),
+               t.as<int64_t>(),
+               op_.size("B"),
+               op_.size("A"),
+               op_.size("P"),
+               static_cast<float>(sigma),
+               static_cast<float>(1.0 - sigma_next),
+               static_cast<float>(sigma_next),
+               draw_of(op_, draw)};
   }
 
   void run(const Launch& launch) {
@@ -130,9 +142,18 @@ class CachedStep {
         score.is_none() ? nullptr : &op_.tensor("score", score, {"B", "A"}, Dtype::float32, Access::write);
     op_.check_overlap();
     if (op_.device().kind == DeviceKind::cpu) index_rows(row_view.as<int64_t>());
-    params_ = {rows_of(x_view), rows_of(cache_view), rows_of(fresh_view), score_view ? score_view->as<float>() : nullptr,
-               score_view ? score_view->stride[0] : 0, row_view.as<int64_t>(), fresh_index_.data(), op_.size("B"),
-               op_.size("N"), op_.size("A"), op_.size("P"), static_cast<float>(delta_sigma)};
+    params_ = {rows_of(x_view),
+               rows_of(cache_view),
+               rows_of(fresh_view),
+               score_view ? score_view->as<float>() : nullptr,
+               score_view ? score_view->stride[0] : 0,
+               row_view.as<int64_t>(),
+               fresh_index_.data(),
+               op_.size("B"),
+               op_.size("N"),
+               op_.size("A"),
+               op_.size("P"),
+               static_cast<float>(delta_sigma)};
   }
 
   void run(const Launch& launch) {

@@ -232,6 +232,6 @@ def _check_calibration(calibration: dict[str, Any]) -> None:
         confidence = level["confidence"]
         rising = all(a <= b for a, b in itertools.pairwise(confidence))
         _require(
-            rising and 0 <= confidence[0] and confidence[-1] <= 1,
+            rising and confidence[0] >= 0 and confidence[-1] <= 1,
             f"calibration: level {number}: confidence is not sorted from 0 to 1; calibrate the head again",
         )

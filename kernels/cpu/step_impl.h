@@ -1,5 +1,5 @@
 // The step family, written once in plain loops that compilers vectorise, compiled once per instruction set: a
-// translation unit includes this file, says its flags in CMakeLists.txt, and exports `kernels`.
+// translation unit includes this file, has its flags in CMakeLists.txt, and exports `kernels`.
 //
 // Bytes per row of P elements (x of s bytes, velocity of t): cached_step reads and writes s·P, reads t·P, and writes
 // t·P for fresh rows; renoise reads (s + t)·P and writes s·P, twice with x0. Both are bound by memory once rows leave
