@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from dsa_rt.errors import PolicyError
-from dsa_rt.policy import DSA, Calibration, Fixed, Records, oracle, parse_policy, random_allocation, simulate
+from dsa_rt.policy import DSA, Calibration, Records, oracle, parse_policy, random_allocation, simulate
 
 Point = tuple[float, float]
 Curve = list[Point]
@@ -38,7 +38,7 @@ def curves(
         for budget in budgets
         if budget >= 2 * records.chunks + records.passes - 1
     ]
-    fixed = {name: point for name, point in static.items() if isinstance(parse_policy(name), Fixed)}
+    fixed = {name: point for name, point in static.items() if family(name) == "static"}
     result = {
         "oracle": hull((r["model_calls"], r["captured"]) for r in (oracle(records, b) for b in budgets)),
         "random": hull((r["model_calls"], r["captured"]) for r in chance),
@@ -86,3 +86,9 @@ def hull(points: Iterable[Point]) -> Curve:
 def _below(a: Point, b: Point, c: Point) -> bool:
     """Whether b lies on or below the line from a to c."""
     return (b[1] - a[1]) * (c[0] - a[0]) <= (c[1] - a[1]) * (b[0] - a[0])
+
+
+def family(name: str) -> str:
+    """Whose rule a policy follows: "static", "paper" or "calibrated"."""
+    policy = parse_policy(name)
+    return "static" if not isinstance(policy, DSA) else "paper" if policy.rule == "paper" else "calibrated"

@@ -24,9 +24,7 @@ from bench.prompts import held_out_cases
 from dsa_rt.generate import Generate
 
 MEGABYTE = 1e6
-FLAT_MEGABYTES = (
-    8.0  # over a whole part: less than one session's K/V cache and frames (12 MB), were any of them kept
-)
+FLAT_MEGABYTES = 8.0  # over a whole part; of 300 clips 30 KB each, where the cache and frames of one are 6 MB
 SETTLE = 0.1  # share of a part that comes first and is left out: allocators fill their pools
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from bench import allocation
 from bench.prompts import Case
 from dsa_rt.demo.grammar import MOTIONS
 from dsa_rt.output import whole_file
 
-FAMILIES = {"static": ("#777777", "s"), "dsa-paper": ("#c2571a", "^"), "dsa-calibrated": ("#1f6fb4", "o")}
+FAMILIES = {"static": ("#777777", "s"), "paper": ("#c2571a", "^"), "calibrated": ("#1f6fb4", "o")}
 
 
 def scatter(
@@ -75,7 +76,7 @@ def trade_off(path: Path, result: Mapping[str, Any]) -> Path:
         for name, (x, y) in points.items():
             if x is None or y is None:
                 continue
-            colour, marker = FAMILIES[_family(name)]
+            colour, marker = FAMILIES[allocation.family(name)]
             hollow = name.endswith("retest=no")
             axes.plot(x, y, marker, color=colour, mfc="white" if hollow else colour, ms=6)
             axes.annotate(
@@ -97,16 +98,6 @@ def trade_off(path: Path, result: Mapping[str, Any]) -> Path:
         )
     drawn[0].legend(fontsize=8)
     return _save(figure, path)
-
-
-def _family(name: str) -> str:
-    return (
-        "dsa-paper"
-        if name.startswith("dsa-paper")
-        else "dsa-calibrated"
-        if name.startswith("dsa")
-        else "static"
-    )
 
 
 def _short(name: str) -> str:

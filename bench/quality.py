@@ -9,7 +9,6 @@ on the machine, with all threads (--timing-clips 0 leaves them out).
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 import dsa_rt
-from bench import allocation, common, speed
+from bench import allocation, common, report, speed
 from bench.evaluate import DENSE, Job, evaluate_all
 from bench.metrics import SSIM_SIGMA, SSIM_WINDOW, psnr
 from bench.prompts import Case, held_out_cases
@@ -132,118 +131,6 @@ def _fits(name: str, passes: int) -> bool:
     return isinstance(policy, Fixed) and max(policy.first or 1, policy.passes or 1) <= passes
 
 
-def report(rows: Mapping[str, Mapping[str, Any]], timing: Mapping[str, Mapping[str, Any]]) -> str:
-    """The main table."""
-    header = [
-        "policy",
-        "calls",
-        "score %",
-        "difference",
-        "all right %",
-        "PSNR dB",
-        "SSIM",
-        "captured %",
-        "oracle %",
-    ]
-    timed = ["FPS denoise", "with decode", "end to end", "first frame ms"] if timing else []
-    keys = ("fps_denoise", "fps_with_decode", "fps_end_to_end", "first_frame_ms")[: len(timed)]
-
-    def line(name: str, row: Mapping[str, Any]) -> list[str]:
-        same = row.get("identical_clips") == row["clips"]
-        figures = timing.get(name, {})
-        return [
-            name, common.figure(row.get("calls")), _percent(row["score"]), _difference(row),
-            _percent(row["all_right"]),
-            "same" if same else common.figure(row.get("psnr")), common.figure(row.get("ssim"), 3),
-            _percent(row.get("captured")), _percent(row.get("oracle_at_equal_calls")),
-            *(common.figure(common.median(figures.get(key))) for key in keys),
-        ]  # fmt: skip
-
-    return common.table([*header, *timed], [line(name, row) for name, row in rows.items()])
-
-
-def report_parts(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """What the score is made of, and the distance to all passes clip by clip."""
-
-    def line(name: str, row: Mapping[str, Any]) -> list[str]:
-        keys = ("colour", "shape", "motion", "ground", "score_one_object", "score_two_objects")
-        median = row.get("psnr_median")
-        return [
-            name, *(_percent(row[key]) for key in keys),
-            "same" if median == math.inf else common.figure(median), str(row.get("identical_clips", "-")),
-        ]  # fmt: skip
-
-    header = ["policy", "colour %", "shape %", "motion %", "ground %", "one object %", "two objects %",
-              "PSNR median", "identical clips"]  # fmt: skip
-    return common.table(header, [line(name, row) for name, row in rows.items()])
-
-
-def report_captured(rows: Mapping[str, Mapping[str, Any]], curves: Mapping[str, Any]) -> str:
-    """Share of the removable error captured, beside what else the same calls could have bought."""
-    lines = [
-        [name, common.figure(row["calls_replayed"]), _percent(row["captured"]),
-         *(_percent(row[f"{curve}_at_equal_calls"]) for curve in curves)]
-        for name, row in rows.items()
-    ]  # fmt: skip
-    return common.table(
-        ["policy", "calls replayed", "captured %", *(f"{curve} %" for curve in curves)], lines
-    )
-
-
-def _percent(value: float | None) -> str:
-    return common.figure(value, 1, scale=100)
-
-
-def _difference(row: Mapping[str, Any]) -> str:
-    if row.get("difference") is None:
-        return "-"
-    return f"{100 * row['difference']:+.1f}±{100 * (row['difference_error'] or 0):.1f}"
-
-
-def verdicts(rows: Mapping[str, Mapping[str, Any]], bound: float = 0.9) -> list[tuple[str, bool]]:
-    """What the demo must reach, as far as the rows show it: a sentence, and whether it holds."""
-    found = []
-    if DENSE in rows:
-        dense = rows[DENSE]
-        found.append(
-            (f"all passes score {dense['score']:.1%}, at least {bound:.0%}", dense["score"] >= bound)
-        )
-        most = 0.7 * dense["calls"] + 1e-6
-        near = [name for name in rows if _calibrated(name) and rows[name]["calls"] <= most]
-        if near:
-            name = max(near, key=lambda n: rows[n]["calls"])
-            text = (
-                f"{name} within 1 point of that with {rows[name]['calls']:.1f} of {dense['calls']:.0f} calls"
-            )
-            found.append((f"{text}: {_difference(rows[name])} points", rows[name]["difference"] >= -0.01))
-    for name, row in rows.items():
-        value = row.get("calibrated_at_equal_calls")
-        if (
-            not name.startswith("dsa-calibrated")
-            and value is not None
-            and name not in (DENSE, "fixed-4-then-1")
-        ):
-            text = f"calibrated DSA captures more than {name} at its {row['calls_replayed']:.1f} calls"
-            found.append((f"{text}: {value:.1%} against {row['captured']:.1%}", value > row["captured"]))
-    for name, row in rows.items():
-        others = {key: row.get(f"{key}_at_equal_calls") for key in ("random", "static")}
-        known = {key: value for key, value in others.items() if value is not None}
-        if _calibrated(name) and known:
-            words = ", ".join(f"{key} {value:.1%}" for key, value in known.items())
-            found.append(
-                (
-                    f"{name} captures {row['captured']:.1%}, more than {words}",
-                    row["captured"] > max(known.values()),
-                )
-            )
-    return found
-
-
-def _calibrated(name: str) -> bool:
-    """The calibrated rule as it is meant, decided after every pass."""
-    return name.startswith("dsa-calibrated") and "retest=no" not in name
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make, measure, print, write ``quality.json``, ``quality-clips.json`` and two pictures; 1 where a bound
     is missed.
@@ -302,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.timing_clips and generates:
         runs = speed.time_policies(generates, cases[: options.timing_clips], warm_up=2, quiet=options.quiet)
         timing = {name: speed.summarise(taken) for name, taken in runs.items()}
-    result |= {"timing": timing, "timing_threads": options.threads, "verdicts": verdicts(rows)}
+    result |= {"timing": timing, "timing_threads": options.threads, "verdicts": report.verdicts(rows)}
     _show(result, timing)
     _write(options, result, results, cases)
     return 0 if all(reached for _, reached in result["verdicts"]) else 1
@@ -327,9 +214,9 @@ def _head(
 
 def _show(result: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
     head = result["head"]
-    tables = [report(result["rows"], timing), report_parts(result["rows"] | result["bounds"])]
+    tables = [report.table(result["rows"], timing), report.parts(result["rows"] | result["bounds"])]
     if head:
-        tables.append(report_captured(result["rows"], result["curves"]))
+        tables.append(report.captured(result["rows"], result["curves"]))
     print(*(f"{text}\n" for text in tables), sep="\n")
     if head:
         words = {

@@ -122,6 +122,7 @@ class Generate:
         seeds = [seed + i for i in range(len(prompt))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompt):
             raise OptionError(f"{len(prompt)} prompts came with {len(seeds)} seeds; give one seed, or one for each")
+        self.runtime.text_encoder.encode(list(prompt))  # a prompt it refuses is refused before the first clip
         return [self._clip(p, s, on_event, cancel) for p, s in zip(prompt, seeds, strict=True)]
 
     def stream(

@@ -22,6 +22,7 @@ from dsa_rt.models.confidence import ConfidenceConfig, ConfidenceHead
 from dsa_rt.models.wan import WanConfig, WanModel
 from dsa_rt.policy import Policy
 from dsa_rt.progress import Event
+from dsa_rt.schedule import TRAIN_TIMESTEPS
 
 DEMOS = {"demo": "streaming", "demo-many-step": "many-step"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -100,6 +101,11 @@ def _check_fit(bundle: Bundle, model: WanConfig, codec: ConvCodec, text: Grammar
         ("generator text_dim", model.text_dim, "text_encoder dim", text.dim),
         ("generator text_length", model.text_length, "text_encoder length", text.length),
     ]
+    if latent.mean is not None or bundle.manifest.schedule.train_timesteps != TRAIN_TIMESTEPS:
+        raise BundleError(
+            f"bundle '{bundle.path}': this version reads latents that the codec normalises itself (mean, std null) "
+            f"and train_timesteps {TRAIN_TIMESTEPS}; export it that way"
+        )
     for name, value, other, expected in pairs:
         if value != expected:
             raise BundleError(

@@ -175,5 +175,5 @@ def _plan(
     latent = runtime.manifest.latent
     chunk_pixels = chunk * latent.temporal * height * width * 3
     decode = chunk_pixels * (dtype.itemsize + 4 + 1) + height * width * 64 * dtype.itemsize
-    latents = frames // latent.temporal * height * width // latent.spatial**2 * latent.channels * 4
+    latents = (1 + frames // latent.temporal) * height * width // latent.spatial**2 * latent.channels * 4
     return MemoryPlan(weights, kv + text_kv, activations, decode, frames * height * width * 3 + latents)

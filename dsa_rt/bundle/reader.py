@@ -134,7 +134,7 @@ def open_bundle(
     try:
         if not root.exists():
             raise BundleError(
-                f"there is no bundle '{root}'; check the path, or make one with 'dsa-rt export'"
+                f"there is no bundle '{root}'; check the path, or write one with dsa_rt.export"
             )
         if not root.is_dir():
             raise BundleError(f"'{root}' is a file; a bundle is the folder that holds {MANIFEST}")

@@ -98,6 +98,7 @@ def run(
         out / "flow", clips, config, text_config, grid, minutes=recipe.flow_minutes, batch_tokens=recipe.batch_tokens,
         device=device, start=None if before is None else (before.model, before.text_encoder),
     )  # fmt: skip
+    (out / "bundles").mkdir(exist_ok=True)
     size = Size(SIDE, SIDE, FRAMES)
     notes = {"scale": scale, "start": start, "recipe": asdict(recipe), "torch": torch.__version__, "device": device}
     export(
