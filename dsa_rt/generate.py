@@ -182,7 +182,8 @@ class Session:
         self._on_event, self._cancel = on_event, cancel
         self._started = time.perf_counter()
         self._first_frame_ms: float | None = None
-        self._finished: list[ChunkStats] = []
+        self._made = 0
+        self._finished: deque[ChunkStats] = deque(maxlen=1000 if chunks is None else chunks)
         self._closed = False
         text = self._read(prompt, prompt_rows)
         self.text_ms = self._elapsed_ms()
@@ -194,7 +195,7 @@ class Session:
 
     def __iter__(self) -> Iterator[Chunk]:
         try:
-            while self.chunks is None or len(self._finished) < self.chunks:
+            while self.chunks is None or self._made < self.chunks:
                 yield self.next_chunk()
         finally:
             self.close()
@@ -203,12 +204,12 @@ class Session:
         """Denoise and decode the next chunk; raises OptionError past the end, Cancelled when cancelled."""
         if self._closed:
             raise OptionError("this session is closed; start another one")
-        if self.chunks is not None and len(self._finished) >= self.chunks:
+        if self.chunks is not None and self._made >= self.chunks:
             raise OptionError(
                 f"the clip has {self.chunks} chunks and all are made; ask for an endless session to go on"
             )
         with self._whole_or_closed():
-            return self._make_chunk(len(self._finished))
+            return self._make_chunk(self._made)
 
     def _make_chunk(self, index: int) -> Chunk:
         self._check()
@@ -225,6 +226,7 @@ class Session:
         self._check()
         chunk = self._decode(done)
         self._finished.append(chunk.stats)
+        self._made += 1
         if index == 0:
             self._first_frame_ms = self._elapsed_ms()
         self._emit("decode", index, passes=done.passes)
@@ -276,7 +278,7 @@ class Session:
         self._recent.clear()
 
     def stats(self, frames: Tensor | None = None) -> Stats:
-        """What has been spent so far; with frames their SHA-256."""
+        """What has been spent so far (an endless session: in its last 1,000 chunks); with frames their SHA-256."""
         runtime, settings = self._runtime, self.settings
         return Stats(
             chunks=tuple(self._finished), prompt=self.prompt, seed=self.seed, policy=self.generate.policy.name,
@@ -337,14 +339,14 @@ class Session:
         self, kind: EventKind, index: int | None = None, passes: int = 0, confidence: float | None = None
     ) -> None:
         if self._on_event is not None:
-            chunk = len(self._finished) if index is None else index
+            chunk = self._made if index is None else index
             self._on_event(
                 Event(kind, chunk, self.chunks, passes, confidence, self._elapsed_ms() / 1000, self.settings.passes)
             )
 
     def _check(self) -> None:
         if self._cancel is not None and self._cancel.is_set():
-            raise Cancelled(f"cancelled in chunk {len(self._finished)}, before it was done")
+            raise Cancelled(f"cancelled in chunk {self._made}, before it was done")
 
     def _elapsed_ms(self) -> float:
         return 1000 * (time.perf_counter() - self._started)

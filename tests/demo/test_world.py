@@ -50,7 +50,9 @@ def test_edges_are_anti_aliased_like_a_fine_picture_averaged(shape: str, motion:
         small = render(one(motion, shape), seed, frames=21)[t].astype(np.float32)
         large = render(one(motion, shape), seed, frames=21, size=576)[t].astype(np.float32)
         error = np.abs(large.reshape(96, 6, 96, 6, 3).mean((1, 3)) - small)
-        assert error.max() < 48 and error.mean() < 0.25, f"seed {seed}"
+        # A pixel at a sharp corner may be half off; a hard edge would be that along the whole outline.
+        wrong = (error.max(-1) > 26).sum()
+        assert wrong <= 8 and error.mean() < 0.25, f"seed {seed}: {wrong} pixels"
 
 
 @pytest.mark.parametrize("ground", GROUNDS)
