@@ -122,7 +122,8 @@ class Generate:
         seeds = [seed + i for i in range(len(prompt))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompt):
             raise OptionError(f"{len(prompt)} prompts came with {len(seeds)} seeds; give one seed, or one for each")
-        self.runtime.text_encoder.encode(list(prompt))  # a prompt it refuses is refused before the first clip
+        for text in prompt:  # one that is refused is refused before the first clip
+            self.runtime.text_encoder.encode([_text(text)])
         return [self._clip(p, s, on_event, cancel) for p, s in zip(prompt, seeds, strict=True)]
 
     def stream(
@@ -293,10 +294,8 @@ class Session:
         )  # fmt: skip
 
     def _read(self, prompt: str, rows: Tensor | None = None) -> TextKV:
-        if not isinstance(prompt, str):
-            raise PromptError(f"prompt is {prompt!r}; expected text")
         with torch.no_grad():
-            rows = self._runtime.text_encoder.encode([prompt]) if rows is None else rows
+            rows = self._runtime.text_encoder.encode([_text(prompt)]) if rows is None else rows
             return self._runtime.model.embed_text(rows)
 
     def _start_rollout(self, text: TextKV) -> Rollout:
@@ -350,6 +349,12 @@ class Session:
 
     def _elapsed_ms(self) -> float:
         return 1000 * (time.perf_counter() - self._started)
+
+
+def _text(prompt: object) -> str:
+    if not isinstance(prompt, str):
+        raise PromptError(f"prompt is {prompt!r}; expected text")
+    return prompt
 
 
 def _silence(runtime: Runtime) -> Tensor:
