@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dsa_rt.errors import DsaRtError
 
-STAGES = ("codec", "flow", "regression", "distillation", "head")
+STAGES = ("codec", "decoder", "flow", "regression", "distillation", "head")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -39,14 +39,15 @@ class Recipe:
     distillation_minutes: float
     head_minutes: float
     calibration_clips: int
+    decoder_minutes: float = 15
     batch_tokens: int = 6048
     batch: int = 8
 
 
 SCALES = {
-    "quick": Recipe(0.5, 64, 0.5, 16, 8, 0.5, 0.5, 0.2, 32),
+    "quick": Recipe(0.5, 64, 0.5, 16, 8, 0.5, 0.5, 0.2, 32, decoder_minutes=0.2),
     "cpu": Recipe(20, 4000, 90, 240, 16, 8, 40, 4, 192),
-    "gpu": Recipe(6, 40000, 10, 2048, 24, 3, 15, 2, 512, batch_tokens=48384, batch=32),
+    "gpu": Recipe(6, 40000, 10, 2048, 24, 3, 15, 2, 512, decoder_minutes=4, batch_tokens=48384, batch=32),
 }
 
 
@@ -62,9 +63,9 @@ def run(
 ) -> None:  # fmt: skip
     """Train everything under ``out`` and write ``out/bundles/streaming`` and ``out/bundles/many-step``.
 
-    scale: a name of ``SCALES``; changes: single fields of the recipe. upto: stop after this stage ("codec", "flow",
-    "regression", "distillation", "head"). start: a many-step bundle whose codec is kept and whose generator and text
-    encoder are trained on, in place of starting from nothing.
+    scale: a name of ``SCALES``; changes: single fields of the recipe. upto: stop after this stage ("codec", "decoder",
+    "flow", "regression", "distillation", "head"). start: a many-step bundle whose codec is kept and whose generator and
+    text encoder are trained on, in place of starting from nothing.
     """
     if scale not in SCALES:
         raise OptionError(f"scale {scale!r} is unknown; expected one of {', '.join(SCALES)}")
@@ -85,8 +86,12 @@ def run(
         save_codec(before.codec, out / "codec")
     elif not (out / "codec" / "model.safetensors").exists():
         train_codec(out / "codec", minutes=recipe.codec_minutes, device=device)
-    codec = load_codec(out / "codec")
     if upto == "codec":
+        return
+    if not (out / "decoder" / "result.json").exists():  # latents stay as they are
+        train_codec(out / "decoder", minutes=recipe.decoder_minutes, device=device, decoder_of=out / "codec")
+    codec = load_codec(out / "decoder")
+    if upto == "decoder":
         return
     config, text_config = generator_config("bidirectional"), GrammarTextConfig(len(VOCABULARY), MAX_WORDS, dim=64)
     frames = 1 + (FRAMES - 1) // codec.temporal_factor
