@@ -51,6 +51,7 @@ def to_x0(x: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def sample_sigmas(count: int, shift: float, generator: torch.Generator | None = None) -> Tensor:
-    """Uniform levels under the shift, for training: [count] fp32 in (0, 1)."""
-    u = torch.rand(count, generator=generator)
+    """Uniform levels under the shift, for training: [count] fp32 in (0, 1), one in each of ``count`` equal parts."""
+    part = torch.randperm(count, generator=generator)
+    u = (part + torch.rand(count, generator=generator)) / count
     return shift * u / (1 + (shift - 1) * u)

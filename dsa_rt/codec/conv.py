@@ -1,7 +1,7 @@
 """The demo's video codec: small, causal, and cheap enough to decode on one CPU core while a clip is generated.
 
 Everything runs at the latent frame rate. The four frames behind one latent frame are stacked on channels and
-folded 4x4 into a quarter of the resolution (192 channels at 24x24 for 96x96 video), so no convolution ever sees
+folded 4x4 into a quarter of the resolution (192 channels at 16x16 for 64x64 video), so no convolution ever sees
 full resolution. Time enters only through causal taps: each block also reads the previous latent frame's features
 through a 1x1 convolution. The first video frame has a latent frame of its own (it is repeated four times on the
 way in; one of four is kept on the way out), which is the layout of Wan's codec: T = 1 + 4k frames, 1 + k latents.

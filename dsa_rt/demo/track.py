@@ -30,7 +30,7 @@ _STRENGTH = np.linalg.norm(_PALETTE, axis=1)
 _HUE = _PALETTE / _STRENGTH[:, None]
 
 COLOURED = 0.4  # of its palette colour's chroma: paler pixels belong to no object
-VISIBLE_AREA = 45.0  # square pixels of a 96 x 96 frame: about a fifth of the smallest object of the world
+VISIBLE_AREA = 45.0  # square pixels of a 64 x 64 frame: about a fifth of the smallest object of the world
 SHAPE_FIT = 0.8  # least overlap (intersection over union) with the ideal that counts as a shape
 SOFTEST = 3.0  # pixels (standard deviation) of blur beyond which an outline is no shape any more
 _SIDES = {"square": 4, "triangle": 3}
@@ -46,7 +46,7 @@ class Palette:
 
 @dataclass(frozen=True)
 class Track:
-    """One object through a clip of T frames; lengths in pixels of a 96 x 96 frame; 0 where not visible."""
+    """One object through a clip of T frames; lengths in pixels of a 64 x 64 frame; 0 where not visible."""
 
     visible: Mask  # [T] a blob of plausible area is there
     area: Array  # [T]

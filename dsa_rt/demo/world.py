@@ -1,7 +1,9 @@
 """The demo's video world: anti-aliased coloured shapes that move in front of grey grounds, drawn from a seed.
 
-Each clip has calm and busy spans: a time warp whose pace changes between 1 and 0.1, which motions follow.
-Geometry is in pixels of a 96 x 96 frame and scales with the frame.
+Each clip has calm and busy spans: a time warp, which motions follow, whose pace is 1 or 0.1 for two or three chunks of
+12 frames. Of two objects the first is on the left. Places, headings, spans and greys are left to chance; sizes, speeds
+and the height of bounces are fixed, so that a small generator can learn the world in hours of two CPU cores. Geometry
+is in pixels of a 64 x 64 frame and scales with the frame.
 """
 
 from __future__ import annotations
@@ -12,7 +14,15 @@ from numpy.typing import NDArray
 from dsa_rt.demo.grammar import ObjectSpec, SceneSpec
 
 FPS = 16
-SIZE = 96
+SIZE = 64
+RADIUS = 12.0
+REACH = 1.08 * RADIUS  # of the corners of a square
+MARGIN = 1.0  # between an object and the edge of its lane
+DRIFT = 28.0  # pixels in a whole clip
+BOUNCE, PERIOD = 32.0, 28.0  # height in pixels, frames at pace 1 from floor to floor
+SPIN = 4.5  # degrees a frame at pace 1
+GROWTH = 8.0  # frames in which an object appears
+STRIPES = SIZE / 3  # period
 RGB = {
     "red": (220, 40, 40),
     "orange": (245, 140, 25),
@@ -30,21 +40,25 @@ def render(scene: SceneSpec, seed: int, frames: int = 81, size: int = SIZE) -> N
     pace = _pace(source, frames)
     warped = np.concatenate([[0], np.cumsum(pace)[:-1]]).astype(np.float32)
     image = np.broadcast_to(_ground(scene.ground, source, size)[None, :, :, None], (frames, size, size, 3)).copy()
-    lanes = [(4.0, 92.0)] if len(scene.objects) == 1 else [(3.0, 47.0), (49.0, 93.0)]
-    for spec, lane in zip(scene.objects, source.permutation(np.array(lanes)), strict=True):
+    middle = SIZE / 2
+    lanes = [(0.0, SIZE)] if len(scene.objects) == 1 else [(0.0, middle), (middle, SIZE)]
+    for spec, lane in zip(scene.objects, lanes, strict=True):
         _draw(image, spec, _motion(spec, lane, warped, source), size)
     return np.rint(image).astype(np.uint8)
 
 
 def _pace(source: np.random.Generator, frames: int) -> Array:
-    """Pace per frame: spans of 16 to 36 frames, busy (1) and calm (0.1) in turn, at least half of them busy."""
+    """Pace per frame: busy (1) and calm (0.1) in turn, each for 24 or 36 frames, at least half of them busy.
+
+    Spans begin where chunks of three latent frames do: at frame 9, 21, 33 and so on.
+    """
     length = max(frames, 81)
     while True:
         busy, pace = source.random() < 0.6, np.empty(0)
-        while len(pace) < length + 4:
-            pace = np.concatenate([pace, np.full(source.integers(16, 37), 1.0 if busy else 0.1)])
+        while len(pace) < length + 7:
+            pace = np.concatenate([pace, np.full(12 * source.integers(2, 4), 1.0 if busy else 0.1)])
             busy = not busy
-        smooth = np.convolve(pace, np.full(5, 0.2), "valid")[:length]
+        smooth = np.convolve(np.pad(pace[3:], 2, mode="edge"), np.full(5, 0.2), "valid")[:length]
         if (smooth > 0.5).mean() >= 0.5:
             return smooth[:frames].astype(np.float32)
 
@@ -53,50 +67,43 @@ def _ground(kind: str, source: np.random.Generator, size: int) -> Array:
     base = source.uniform(60, 200)
     if kind == "plain":
         return np.full((size, size), base, np.float32)
-    other = base + source.uniform(35, 55) * (1 if base < 130 else -1)
-    period, phase = source.uniform(20, 28), source.uniform(0, 1, 2)
-    y, x = np.mgrid[:size, :size].astype(np.float32) * (SIZE / size) + 0.5
-    sharp = period / 4 * (SIZE / size) ** -1
+    other = base + (45 if base < 130 else -45)
+    y, x = np.mgrid[:size, :size].astype(np.float32) * (SIZE / size) + 0.5 * SIZE / size
+    sharp = STRIPES / 4 * size / SIZE
 
-    def square_wave(t: Array, offset: float) -> Array:
-        triangle = np.abs(((t / period + offset) % 1) - 0.5) * 4 - 1
+    def square_wave(t: Array) -> Array:
+        triangle = np.abs((t / STRIPES) % 1 - 0.5) * 4 - 1
         return np.clip(triangle * sharp, -1, 1)
 
     if kind == "striped":
-        angle = source.integers(4) * np.pi / 4
-        wave = square_wave(x * np.cos(angle) + y * np.sin(angle), phase[0])
+        wave = square_wave(x if source.random() < 0.5 else y)
     else:
-        wave = square_wave(x, phase[0]) * square_wave(y, phase[1])
+        wave = square_wave(x) * square_wave(y)
     return (base + (other - base) * (wave + 1) / 2).astype(np.float32)
 
 
-def _motion(spec: ObjectSpec, lane: Array, time: Array, source: np.random.Generator) -> tuple[Array, ...]:
-    """Centre x, y, angle and radius per frame, in pixels of a 96 x 96 frame; ``time`` is warped."""
-    frames, radius = len(time), source.uniform(12, 15.5)
-    left, right = lane[0] + radius, lane[1] - radius
-    top, bottom = 4 + radius, 92 - radius
+def _motion(spec: ObjectSpec, lane: tuple[float, float], time: Array, source: np.random.Generator) -> tuple[Array, ...]:
+    """Centre x, y, angle and radius per frame, in pixels of a 64 x 64 frame; ``time`` is warped."""
+    frames, free = len(time), REACH + MARGIN
+    left, right, top, bottom = lane[0] + free, lane[1] - free, free, SIZE - free
     still = np.ones(frames, np.float32)
     x, y = still * source.uniform(left, right), still * source.uniform(top, bottom)
-    angle, size = still * source.uniform(-0.3, 0.3), still * radius
+    angle, size = 0 * still, RADIUS * still
     if spec.motion == "drifting":
-        full = time[-1] if time[-1] > 0 else 1.0
-        while True:
-            heading, path = source.uniform(0, 2 * np.pi), source.uniform(30, 42)
-            x0, y0 = source.uniform(left, right), source.uniform(top, bottom)
-            x1, y1 = x0 + path * np.cos(heading), y0 + path * np.sin(heading)
-            if left <= x1 <= right and top <= y1 <= bottom:
-                break
-        x, y = x0 + (x1 - x0) * time / max(full, 1.0), y0 + (y1 - y0) * time / max(full, 1.0)
+        way = DRIFT * time / max(float(time[-1]), 1.0)
+        ahead = source.random() < 0.5
+        if right - left >= DRIFT and source.random() < 0.5:
+            x = source.uniform(left, right - DRIFT) + (way if ahead else DRIFT - way)
+        else:
+            y = source.uniform(top, bottom - DRIFT) + (way if ahead else DRIFT - way)
     elif spec.motion == "bouncing":
-        height, period, phase = source.uniform(34, 48), source.uniform(26, 34), source.uniform(0, 1)
-        t = (time / period + phase) % 1
-        y = 90 - radius - height * 4 * t * (1 - t)
+        t = (time / PERIOD) % 1
+        y = bottom - BOUNCE * 4 * t * (1 - t)
     elif spec.motion == "spinning":
-        angle = angle + np.deg2rad(source.uniform(3.5, 5)) * source.choice([-1, 1]) * time
+        angle = np.deg2rad(SPIN) * time
     elif spec.motion == "appearing":
-        start = source.uniform(10, 48)
-        growth = np.clip((np.arange(frames) - start) / 8, 0, 1)
-        size = radius * growth * growth * (3 - 2 * growth)
+        growth = np.clip((np.arange(frames) - (9 + 12 * source.integers(4))) / GROWTH, 0, 1)
+        size = RADIUS * growth * growth * (3 - 2 * growth)
     return tuple(np.asarray(v, np.float32) for v in (x, y, angle, size))
 
 

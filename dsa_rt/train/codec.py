@@ -52,7 +52,7 @@ class CodecTraining:
 
 
 def render_world_clip(seed: int) -> np.ndarray:
-    """The training world's clip number ``seed``: uint8 [81, 96, 96, 3]; scenes held out for scoring never occur."""
+    """The training world's clip number ``seed``: uint8 [81, 64, 64, 3]; scenes held out for scoring never occur."""
     from dsa_rt.demo.grammar import sample_scene
     from dsa_rt.demo.world import render
 

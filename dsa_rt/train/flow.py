@@ -72,10 +72,10 @@ def train_flow(
             return (velocity.float() - (noise - x0)).square().mean()
 
         loss_of = torch.compile(velocity_loss, dynamic=False)  # a third faster; two shapes, half a minute each
-        for step in loop:
+        for _ in loop:
             for optimizer in optimizers:
                 set_learning_rate(optimizer, cosine(loop.fraction, learning_rate, learning_rate / 30))
-            short = loop.fraction < short_share or step % 2 == 1
+            short = loop.fraction < short_share
             frames = min(short_frames, all_frames) if short else all_frames
             active = frame_tokens(grid, range(frames), config.head_dim, per_frame=False, device=device)
             count = max(1, batch_tokens // len(active.tokens))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,15 +121,54 @@ class EMA:
         self.updates, self.shadow = state["updates"], state["shadow"]
 
 
+class Muon(torch.optim.Optimizer):
+    """``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` with all matrices of one shape in one batched product.
+
+    On a CPU that is a quarter of the time: a third of the training step of the demo otherwise.
+    """
+
+    def __init__(self, matrices: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+        by_shape: dict[torch.Size, list[Tensor]] = {}
+        for matrix in matrices:
+            by_shape.setdefault(matrix.shape, []).append(matrix)
+        groups = [{"params": same} for same in by_shape.values()]
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            same = group["params"]
+            for p in same:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            gradient = torch.stack([p.grad for p in same])
+            average = torch.stack([self.state[p]["momentum"] for p in same]).lerp_(gradient, 1 - group["momentum"])
+            update = orthogonalize(gradient.lerp(average, group["momentum"]))
+            rate = group["lr"] * 0.2 * max(update.shape[1:]) ** 0.5
+            for p, m, u in zip(same, average.unbind(), update.unbind(), strict=True):
+                self.state[p]["momentum"].copy_(m)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(u, alpha=rate)
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest orthogonal matrices of [n, rows, columns], roughly: Newton-Schulz in bf16 (Muon, Jordan 2024)."""
+    x = matrices.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    for _ in range(steps):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return (x.mT if tall else x).float()
+
+
 def matrix_optimizers(module: nn.Module, learning_rate: float) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
     """Muon for the matrices inside transformer blocks, at AdamW's scale of update, and AdamW for all else."""
     matrices = [p for name, p in module.named_parameters() if "blocks." in name and p.ndim == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in module.parameters() if id(p) not in chosen]
-    return (
-        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01),
-    )
+    adamw = torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    return Muon(matrices, learning_rate), adamw
 
 
 def cosine(fraction: float, peak: float, floor: float, warmup: float = 0.03) -> float:

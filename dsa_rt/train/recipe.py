@@ -11,6 +11,7 @@ import torch
 from dsa_rt.bundle import Schedule, Size
 from dsa_rt.codec.text import GrammarTextConfig
 from dsa_rt.demo.grammar import MAX_WORDS, VOCABULARY
+from dsa_rt.demo.world import SIZE
 from dsa_rt.errors import OptionError
 from dsa_rt.exporting import export
 from dsa_rt.models.confidence import ConfidenceConfig
@@ -20,8 +21,8 @@ from dsa_rt.policy import Calibration, fit_calibration
 from dsa_rt.schedule import few_step_sigmas
 
 TIMESTEPS = (1000.0, 750.0, 500.0, 250.0)
-SHIFT = 5.0
-FRAMES, SIDE, CHUNK = 81, 96, 3
+SHIFT = 3.0
+FRAMES, SIDE, CHUNK = 81, SIZE, 3
 GUIDANCE = 2.5
 MANY_STEPS = 40
 

@@ -11,8 +11,8 @@ from dsa_rt.demo.world import RGB
 
 
 def draw(shape: str, centre: tuple[float, float], radius: float, angle: float) -> np.ndarray:
-    """Cover [96, 96] of a shape from 8 x 8 samples a pixel; polygons by the sides their edges lie on."""
-    axis = (np.arange(96 * 8) + 0.5) / 8
+    """Cover [64, 64] of a shape from 8 x 8 samples a pixel; polygons by the sides their edges lie on."""
+    axis = (np.arange(64 * 8) + 0.5) / 8
     x, y = axis[None, :] - centre[0], axis[:, None] - centre[1]
     if shape == "circle":
         inside = x * x + y * y < radius * radius
@@ -22,10 +22,10 @@ def draw(shape: str, centre: tuple[float, float], radius: float, angle: float) -
             (radius * np.cos(angle + 2 * np.pi * k / count), radius * np.sin(angle + 2 * np.pi * k / count))
             for k in range(count)
         ]
-        inside = np.ones((768, 768), bool)
+        inside = np.ones((512, 512), bool)
         for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1], strict=True):
             inside &= (bx - ax) * (y - ay) - (by - ay) * (x - ax) > 0
-    return inside.reshape(96, 8, 96, 8).mean((1, 3))
+    return inside.reshape(64, 8, 64, 8).mean((1, 3))
 
 
 def paint(cover: np.ndarray, colour: str, ground: np.ndarray) -> np.ndarray:
@@ -37,9 +37,9 @@ def paint(cover: np.ndarray, colour: str, ground: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("colour", COLOURS)
 def test_place_size_shape_and_angle_are_measured(shape: str, colour: str) -> None:
     source = np.random.default_rng()
-    ground = source.choice([90.0, 140.0], (8, 8)).repeat(12, 0).repeat(12, 1)
-    radius, start, step = source.uniform(10, 14), source.uniform(0, 6), np.deg2rad(source.uniform(-20, 20))
-    centres = source.uniform(20, 76, (12, 2))
+    ground = source.choice([90.0, 140.0], (8, 8)).repeat(8, 0).repeat(8, 1)
+    radius, start, step = source.uniform(9.5, 13), source.uniform(0, 6), np.deg2rad(source.uniform(-20, 20))
+    centres = source.uniform(16, 48, (12, 2))
     covers = [draw(shape, tuple(c), radius, start + step * i) for i, c in enumerate(centres)]
     frames = np.stack([paint(c, colour, ground) for c in covers])
     found = track(frames, label_colours(frames), colour)
@@ -54,10 +54,10 @@ def test_place_size_shape_and_angle_are_measured(shape: str, colour: str) -> Non
 
 
 def test_an_absent_colour_has_no_track_and_a_gap_is_seen() -> None:
-    ground = np.full((96, 96), 120.0)
+    ground = np.full((64, 64), 120.0)
     red, none = (
-        paint(draw("circle", (40, 50), 11, 0), "red", ground),
-        paint(np.zeros((96, 96)), "red", ground),
+        paint(draw("circle", (30, 34), 11, 0), "red", ground),
+        paint(np.zeros((64, 64)), "red", ground),
     )
     frames = np.stack([red, none, red, red])
     palette = label_colours(frames)
@@ -68,20 +68,20 @@ def test_an_absent_colour_has_no_track_and_a_gap_is_seen() -> None:
 
 
 def test_the_larger_of_two_is_followed_and_the_rest_reported() -> None:
-    ground = np.full((96, 96), 120.0)
-    small, large = draw("square", (20, 20), 9, 0.3), draw("square", (70, 60), 13, 0.3)
+    ground = np.full((64, 64), 120.0)
+    small, large = draw("square", (12, 12), 9, 0.3), draw("square", (46, 40), 13, 0.3)
     frames = np.stack([paint(small + large, "green", ground)] * 2)
     found = track(frames, label_colours(frames), "green")
     assert found is not None
-    assert np.abs(found.centre - [70, 60]).max() < 0.25
+    assert np.abs(found.centre - [46, 40]).max() < 0.25
     assert np.allclose(found.elsewhere, small.sum(), rtol=0.2)
 
 
 def test_forms_that_are_none_of_the_shapes() -> None:
-    ground = np.full((96, 96), 120.0)
-    bar = np.zeros((96, 96))
-    bar[30:37, 20:66] = 1
-    ring = draw("circle", (48, 48), 14, 0) - draw("circle", (48, 48), 9, 0)
+    ground = np.full((64, 64), 120.0)
+    bar = np.zeros((64, 64))
+    bar[20:27, 10:56] = 1
+    ring = draw("circle", (32, 32), 14, 0) - draw("circle", (32, 32), 9, 0)
     for cover in (bar, ring):
         frames = np.stack([paint(cover, "blue", ground)] * 2)
         found = track(frames, label_colours(frames), "blue")
