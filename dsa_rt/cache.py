@@ -9,6 +9,8 @@ is shifted or copied, later passes of a chunk reuse its rows, and the attended r
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -99,11 +101,13 @@ class KVCache:
         return self.k[layer, :, : active.valid], self.v[layer, :, : active.valid]
 
 
+@dataclass(eq=False)
 class TextKV:
     """Cross-attention K/V of one prompt batch: a pair [B, L, H, D] for each layer, made once per prompt.
 
-    All L text rows are attended, padding included, as in Wan.
+    All L text rows are attended, padding included, as in Wan. image_layers: the same for CLIP image rows
+    [B, I, H, D], which a second attention reads; None where the generator takes none.
     """
 
-    def __init__(self, layers: list[tuple[Tensor, Tensor]]) -> None:
-        self.layers = layers
+    layers: list[tuple[Tensor, Tensor]]
+    image_layers: list[tuple[Tensor, Tensor]] | None = None

@@ -21,6 +21,8 @@ MAX_JSON_BYTES = (
 )  # of the manifest, a shard index or a safetensors header; the largest real ones are under 1 MiB
 DAMAGED = "the file is damaged or was changed: copy or export the bundle again"
 
+OPTIONAL = {"optional": True}  # metadata of a dataclass field that came later: a key that may be missing
+
 T = TypeVar("T")
 
 _shortened = reprlib.Repr()
@@ -95,8 +97,8 @@ def _check_depth(value: Any, room: int = 32) -> None:
 def parse(kind: type[T], value: Any, where: str) -> T:
     """A JSON value as `kind`: dataclass, int, float, str, bool, dict, list, tuple, Literal or a union.
 
-    A dataclass needs exactly its fields as keys, defaults or not. `where` names the place in messages, for
-    example "manifest.json: schedule". Raises BundleError.
+    A dataclass needs exactly its fields as keys, defaults or not; only a field with the metadata OPTIONAL
+    may be missing. `where` names the place in messages, for example "manifest.json: schedule". Raises BundleError.
     """
     return typing.cast(T, _parse(kind, value, where))
 
@@ -148,8 +150,9 @@ def _parse_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
 def _parse_dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise BundleError(f"{where} is {short(value)}; expected an object")
-    names = [field.name for field in dataclasses.fields(kind) if field.init]
-    missing = [name for name in names if name not in value]
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
+    names = list(fields)
+    missing = [name for name in names if name not in value and not fields[name].metadata.get("optional")]
     unknown = [name for name in value if name not in names]
     if missing or unknown:
         faults = " and ".join(
@@ -159,7 +162,7 @@ def _parse_dataclass(kind: Any, value: Any, where: str) -> Any:
         )
         raise BundleError(f"{where} has {faults}; export the bundle with this version of dsa_rt")
     hints = typing.get_type_hints(kind)
-    members = {name: _parse(hints[name], value[name], f"{where}: {name}") for name in names}
+    members = {name: _parse(hints[name], value[name], f"{where}: {name}") for name in names if name in value}
     try:
         return kind(**members)
     except ValueError as error:  # all errors of dsa_rt about values are ValueErrors

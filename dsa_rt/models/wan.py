@@ -4,28 +4,37 @@ The model gets rows, the active set (their RoPE, modulation rows and cache rows)
 of policies, chunks or guidance. Parameter names are those of the original Wan code, except that ``patch_embedding`` is
 the equivalent linear layer over rows ``(ph, pw, channel)``. Architecture: Wan 2.1 (arXiv 2503.20314); per-frame
 timesteps as in Self-Forcing (arXiv 2506.08009).
+
+One class serves the family; :class:`WanConfig` says which member it is. Image-to-video takes the condition as further
+input channels (``in_channels`` 36 = 16 noise + 4 mask + 16 condition), in Wan 2.1 also as CLIP rows that the
+cross-attention reads beside the text (``image_dim``). TI2V 5B gives clean tokens modulation rows of timestep 0.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, cast
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsa_rt.cache import KVCache, TextKV
-from dsa_rt.errors import OptionError
+from dsa_rt.bundle.strict import OPTIONAL
+from dsa_rt.cache import TextKV
+from dsa_rt.errors import OptionError, ShapeError
 from dsa_rt.ops import layers as ops
 from dsa_rt.plan import ActiveSet
 
 
 @dataclass(frozen=True)
 class WanConfig:
-    """Sizes of one generator. ``form`` says how it was trained: "causal" (per-frame) or "bidirectional"."""
+    """Sizes of one generator. ``form`` says how it was trained: "causal" (per-frame) or "bidirectional".
+
+    image_dim: width of the CLIP rows that Wan 2.1 image-to-video reads, None for all others. q and k are always
+    normalised and cross-attention has its affine norm, as in every published Wan.
+    """
 
     dim: int
     ffn_dim: int
@@ -39,17 +48,20 @@ class WanConfig:
     freq_dim: int = 256
     eps: float = 1e-6
     form: str = "bidirectional"
+    image_dim: int | None = field(default=None, metadata=OPTIONAL)  # manifests without one do not mention it
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch", tuple(self.patch))
         for name in ("dim", "ffn_dim", "heads", "layers", "in_channels", "out_channels", "text_dim", "text_length"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise OptionError(f"generator {name} is {getattr(self, name)!r}; expected a positive integer")
+        if self.image_dim is not None and (type(self.image_dim) is not int or self.image_dim < 1):
+            raise OptionError(f"generator image_dim is {self.image_dim!r}; expected a positive integer or None")
         if self.dim % self.heads or self.head_dim % 2:
             raise OptionError(f"generator dim {self.dim} does not split into {self.heads} heads of even size")
         if self.freq_dim % 2:
             raise OptionError(f"generator freq_dim is {self.freq_dim}; expected an even number")
-        if len(self.patch) != 3 or self.patch[0] != 1:
+        if len(self.patch) != 3 or self.patch[0] != 1 or any(type(n) is not int or n < 1 for n in self.patch):
             raise OptionError(f"generator patch is {self.patch}; expected (1, rows, columns)")
         if self.form not in ("causal", "bidirectional"):
             raise OptionError(f'generator form is {self.form!r}; expected "causal" or "bidirectional"')
@@ -63,8 +75,24 @@ class WanConfig:
         """Values of an input row."""
         return math.prod(self.patch) * self.in_channels
 
+    @property
+    def velocity_dim(self) -> int:
+        """Values of an output row, and of the noise in an input row."""
+        return math.prod(self.patch) * self.out_channels
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"patch": list(self.patch)}
+        """JSON-ready; image_dim only where there is one."""
+        values = asdict(self) | {"patch": list(self.patch)}
+        if self.image_dim is None:
+            del values["image_dim"]
+        return values
+
+
+class AttentionCache(Protocol):
+    """Where self-attention keeps K and V between passes."""
+
+    def update(self, layer: int, k: Tensor, v: Tensor, active: ActiveSet) -> tuple[Tensor, Tensor]:
+        """Take k, v [B, A, H, D] of the active rows; return the attended K and V [B, N, H, D]."""
 
 
 class Output(NamedTuple):
@@ -83,7 +111,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections of Wan's self- or cross-attention, RMSNorm on q and k over the full width."""
+    """Projections that Wan's self- and cross-attention share, RMSNorm on q and k over the full width."""
 
     def __init__(self, dim: int, heads: int, eps: float) -> None:
         super().__init__()
@@ -91,8 +119,12 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
 
-    def attend_cache(self, x: Tensor, active: ActiveSet, layer: int, cache: KVCache | None) -> Tensor:
-        """Self-attention of the active rows to the cache (or to each other when there is none)."""
+
+class SelfAttention(Attention):
+    """Attention of the active rows to the rows of a cache, with RoPE."""
+
+    def forward(self, x: Tensor, active: ActiveSet, layer: int, cache: AttentionCache | None) -> Tensor:
+        """x [B, A, dim]; cache None makes the active rows attend to each other."""
         q, k = ops.qk_norm_rope(
             self.q(x), self.k(x), self.norm_q.weight, self.norm_k.weight, active.cos, active.sin, self.heads, self.eps
         )
@@ -101,14 +133,34 @@ class Attention(nn.Module):
             k, v = cache.update(layer, k, v, active)
         return self.o(ops.active_attention(q, k, v).flatten(-2))
 
+
+class CrossAttention(Attention):
+    """Attention to text and, with ``images``, to CLIP image rows: one query, two softmaxes, one sum."""
+
+    def __init__(self, dim: int, heads: int, eps: float, images: bool) -> None:
+        super().__init__(dim, heads, eps)
+        if images:
+            self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            self.norm_k_img = RMSNorm(dim)
+
     def text_kv(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """K and V [B, L, H, D] of embedded text rows [B, L, dim]."""
-        k = ops.rms_norm(self.k(text), self.norm_k.weight, self.eps)
-        return k.unflatten(-1, (self.heads, -1)), self.v(text).unflatten(-1, (self.heads, -1))
+        return self._split(ops.rms_norm(self.k(text), self.norm_k.weight, self.eps)), self._split(self.v(text))
 
-    def attend_text(self, x: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
-        q = ops.rms_norm(self.q(x), self.norm_q.weight, self.eps).unflatten(-1, (self.heads, -1))
-        return self.o(ops.active_attention(q, *kv).flatten(-2))
+    def image_kv(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V [B, I, H, D] of embedded image rows [B, I, dim]."""
+        k = ops.rms_norm(self.k_img(image), self.norm_k_img.weight, self.eps)
+        return self._split(k), self._split(self.v_img(image))
+
+    def forward(self, x: Tensor, text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor] | None) -> Tensor:
+        q = self._split(ops.rms_norm(self.q(x), self.norm_q.weight, self.eps))
+        y = ops.active_attention(q, *text)
+        if image is not None:
+            y = y + ops.active_attention(q, *image)
+        return self.o(y.flatten(-2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))
 
 
 class Block(nn.Module):
@@ -116,8 +168,8 @@ class Block(nn.Module):
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
-        self.self_attn = Attention(config.dim, config.heads, config.eps)
-        self.cross_attn = Attention(config.dim, config.heads, config.eps)
+        self.self_attn = SelfAttention(config.dim, config.heads, config.eps)
+        self.cross_attn = CrossAttention(config.dim, config.heads, config.eps, config.image_dim is not None)
         self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
         self.ffn = nn.Sequential(
             nn.Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, config.dim)
@@ -130,8 +182,22 @@ class Head(nn.Module):
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
-        self.head = nn.Linear(config.dim, math.prod(config.patch) * config.out_channels)
+        self.head = nn.Linear(config.dim, config.velocity_dim)
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP image rows [B, I, image_dim] -> rows [B, I, dim]; its norms have the framework's eps of 1e-5, as in Wan."""
+
+    def __init__(self, image_dim: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.LayerNorm(image_dim), nn.Linear(image_dim, image_dim), nn.GELU(), nn.Linear(image_dim, dim),
+            nn.LayerNorm(dim),
+        )  # fmt: skip
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.proj(image)
 
 
 class WanModel(nn.Module):
@@ -145,6 +211,8 @@ class WanModel(nn.Module):
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim)
         )
+        if config.image_dim is not None:
+            self.img_emb = ImageEmbedding(config.image_dim, dim)
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -154,10 +222,36 @@ class WanModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.patch_embedding.weight.dtype
 
-    def embed_text(self, text: Tensor) -> TextKV:
-        """Text encoder rows [B, text_length, text_dim] -> the cross-attention K/V of every layer."""
+    def embed_text(self, text: Tensor, image: Tensor | None = None) -> TextKV:
+        """Text encoder rows [B, text_length, text_dim] -> the cross-attention K/V of every layer.
+
+        image [B, I, image_dim]: rows of the CLIP vision encoder's last but one layer, for a generator with image_dim
+        and for no other; :class:`OptionError` or :class:`ShapeError` where that does not fit.
+        """
+        self._check_image(image, len(text))
+        blocks = cast("Sequence[Block]", self.blocks)
         embedded = self.text_embedding(text.to(self.dtype))
-        return TextKV([block.cross_attn.text_kv(embedded) for block in cast("Sequence[Block]", self.blocks)])
+        layers = [block.cross_attn.text_kv(embedded) for block in blocks]
+        if image is None:
+            return TextKV(layers)
+        embedded = self.img_emb(image.to(self.dtype))
+        return TextKV(layers, [block.cross_attn.image_kv(embedded) for block in blocks])
+
+    def _check_image(self, image: Tensor | None, batch: int) -> None:
+        width = self.config.image_dim
+        if width is None:
+            if image is not None:
+                raise OptionError(
+                    "image rows were given, but this generator has no image embedder (image_dim is None): leave them "
+                    "out; the condition goes into its input channels or first-frame tokens alone"
+                )
+        elif image is None:
+            raise OptionError(
+                f"this image-to-video generator also reads CLIP rows of its first frame; give image [B, I, {width}], "
+                "for the empty prompt too"
+            )
+        elif image.ndim != 3 or image.shape[0] != batch or image.shape[1] < 1 or image.shape[2] != width:
+            raise ShapeError(f"image rows have shape {list(image.shape)}; expected [{batch}, 1 or more, {width}]")
 
     def embed_timesteps(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Timesteps [B, R] (1000 sigma) -> head modulation [B, R, dim] and block modulation [B, R, 6, dim], fp32."""
@@ -173,7 +267,7 @@ class WanModel(nn.Module):
         active: ActiveSet,
         timesteps: Tensor,
         text: TextKV,
-        cache: KVCache | None = None,
+        cache: AttentionCache | None = None,
         taps: Sequence[int] = (),
     ) -> Output:
         """Velocity of the active rows.
@@ -194,9 +288,10 @@ class WanModel(nn.Module):
                 x, h = ops.residual_norm_modulate(x, y, gate, m[0], m[1], index, eps)
             if layer - 1 in taps:
                 tapped.append(x)
-            y = block.self_attn.attend_cache(h, active, layer, cache)
+            y = block.self_attn(h, active, layer, cache)
             x = ops.residual(x, y, m[2], index)
-            y = block.cross_attn.attend_text(_affine_norm(x, block.norm3), text.layers[layer])
+            image = None if text.image_layers is None else text.image_layers[layer]
+            y = block.cross_attn(_affine_norm(x, block.norm3), text.layers[layer], image)
             x, h = ops.residual_norm_modulate(x, y, None, m[3], m[4], index, eps)
             y, gate = block.ffn(h), m[5]
         assert y is not None  # WanConfig has a layer or more

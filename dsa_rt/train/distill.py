@@ -61,8 +61,8 @@ def _pass_counts(chunks: int, most: int) -> list[int]:
 def train_distillation(
     folder: Path, student: WanModel, teacher: WanModel, encoder: GrammarTextEncoder, grid: TokenGrid,
     sigmas: Sequence[float], head_config: ConfidenceConfig, *, frames: int, chunk: int, guidance: float, shift: float,
-    minutes: float | None = None, steps: int | None = None, critic_steps: int = 4, batch: int = 8,
-    learning_rate: float = 1e-4, critic_rate: float = 2e-4, confidence_scale: float = 0.2,
+    minutes: float | None = None, steps: int | None = None, critic_steps: int = 2, batch: int = 16,
+    learning_rate: float = 3e-4, critic_rate: float = 4e-4, confidence_scale: float = 0.2,
     confidence_weight: float = 0.1, device: str = "cpu",
 ) -> tuple[WanModel, ConfidenceHead]:  # fmt: skip
     """Train (or resume); averaged student and head are returned and written to ``folder``.

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from dsa_rt.bundle import Schedule, Size
-from dsa_rt.codec.text import GrammarTextConfig
+from dsa_rt.codec.conv import ConvCodec
+from dsa_rt.codec.text import GrammarTextConfig, GrammarTextEncoder
 from dsa_rt.demo.grammar import MAX_WORDS, VOCABULARY
 from dsa_rt.demo.world import SIZE
 from dsa_rt.errors import OptionError
 from dsa_rt.exporting import export
 from dsa_rt.models.confidence import ConfidenceConfig
-from dsa_rt.models.wan import WanConfig
+from dsa_rt.models.wan import WanConfig, WanModel
 from dsa_rt.plan import TokenGrid
 from dsa_rt.policy import Calibration, fit_calibration
 from dsa_rt.schedule import few_step_sigmas
@@ -41,14 +42,14 @@ class Recipe:
     head_minutes: float
     calibration_clips: int
     decoder_minutes: float = 15
-    batch_tokens: int = 6048
-    batch: int = 8
+    batch_tokens: int = 6720
+    batch: int = 16
 
 
 SCALES = {
     "quick": Recipe(0.5, 64, 0.5, 16, 8, 0.5, 0.5, 0.2, 32, decoder_minutes=0.2),
-    "cpu": Recipe(20, 4000, 90, 240, 16, 8, 40, 4, 192),
-    "gpu": Recipe(6, 40000, 10, 2048, 24, 3, 15, 2, 512, decoder_minutes=4, batch_tokens=48384, batch=32),
+    "cpu": Recipe(20, 12000, 120, 480, 16, 6, 25, 8, 256),
+    "gpu": Recipe(6, 60000, 10, 2048, 24, 3, 10, 2, 512, decoder_minutes=4, batch_tokens=43008, batch=64),
 }
 
 
@@ -79,13 +80,17 @@ def run(
     from dsa_rt.train.head import calibration_records, fit_head
     from dsa_rt.train.regress import train_regression
 
-    before = load(start, dtype="fp32") if start is not None else None
-    if before is not None and before.model.config != generator_config("bidirectional"):
-        raise OptionError(f"bundle {start!r} has a generator of other sizes or form; start from 'demo-many-step'")
-    if not (out / "codec" / "model.safetensors").exists() and before is not None:
-        (out / "codec").mkdir(parents=True, exist_ok=True)
-        save_codec(before.codec, out / "codec")
-    elif not (out / "codec" / "model.safetensors").exists():
+    start_from: tuple[WanModel, GrammarTextEncoder] | None = None
+    if start is not None:
+        before = load(start, dtype="fp32")
+        own = isinstance(before.codec, ConvCodec) and isinstance(before.text_encoder, GrammarTextEncoder)
+        if not own or before.model.config != generator_config("bidirectional"):
+            raise OptionError(f"bundle {start!r} has a generator of other sizes or form; start from 'demo-many-step'")
+        start_from = before.model, cast(GrammarTextEncoder, before.text_encoder)
+        if not (out / "codec" / "model.safetensors").exists():
+            (out / "codec").mkdir(parents=True, exist_ok=True)
+            save_codec(cast(ConvCodec, before.codec), out / "codec")
+    if not (out / "codec" / "model.safetensors").exists():
         train_codec(out / "codec", minutes=recipe.codec_minutes, device=device)
     if upto == "codec":
         return
@@ -102,7 +107,7 @@ def run(
     clips = LatentClips(out / "clips")
     teacher, encoder = train_flow(
         out / "flow", clips, config, text_config, grid, minutes=recipe.flow_minutes, batch_tokens=recipe.batch_tokens,
-        device=device, start=None if before is None else (before.model, before.text_encoder),
+        device=device, start=start_from,
     )  # fmt: skip
     (out / "bundles").mkdir(exist_ok=True)
     size = Size(SIDE, SIDE, FRAMES)
