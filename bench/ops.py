@@ -1,5 +1,5 @@
 """The step family, op by op: the native kernels against compositions of torch, in GB/s and as a share of a
-plain copy.
+plain copy. Attention: the native kernel against torch's fused one, in GFLOP/s and as the ratio of the two.
 
     python -m bench.ops
 
@@ -7,6 +7,9 @@ Two competitors run beside the native kernel. "definition" is dsa_rt.reference, 
 computes the counter-based noise in 64-bit integers; "torch" is the fastest thing to write by hand, in place
 where it can be, with torch's own generator for noise, so its numbers are other ones. Native results are
 compared with the definition first.
+
+Attention is compared with scaled_dot_product_attention on the same tensors, their samples in turn, so that what
+else the machine does falls on both.
 """
 
 from __future__ import annotations
@@ -22,12 +25,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench import common
-from dsa_rt.ops import backend
+from dsa_rt.ops import attention, backend
 from dsa_rt.ops import step as ops
+from dsa_rt.reference import layers as reference
 
 SHAPES = {  # (batch, tokens, elements)
     "demo chunk": (1, 108, 32), "demo clip": (1, 756, 32), "demo clip, batch 8": (8, 756, 32),
     "480p chunk": (1, 4680, 64), "480p clip": (1, 32760, 64),
+}  # fmt: skip
+ATTENTION = {  # (batch, active queries, cache rows, heads, head dim)
+    "demo chunk": (1, 108, 756, 3, 64), "demo clip": (1, 756, 756, 3, 64),
+    "192 of 768, D 64": (1, 192, 768, 12, 64), "192 of 768, D 128": (1, 192, 768, 12, 128),
+    "390 of 1560, D 64": (1, 390, 1560, 12, 64), "390 of 1560, D 128": (1, 390, 1560, 12, 128),
+    "1560 of 4680, D 64": (1, 1560, 4680, 4, 64), "1560 of 4680, D 128": (1, 1560, 4680, 4, 128),
+    "1560 of 512 text rows, D 128": (1, 1560, 512, 12, 128),
 }  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIGMA, NEXT = 0.9375, 0.8333
@@ -174,17 +185,53 @@ def measure(name: str, shape: tuple[int, int, int], dtype: torch.dtype, samples:
     }  # fmt: skip
 
 
+def measure_attention(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, samples: int
+) -> dict[str, float]:
+    """Microseconds and GFLOP/s of the native kernel and of torch's, medians of samples taken in turn, and their
+    ratio. RuntimeError where the native kernel is further from the definition than roundings explain.
+    """
+    batch, active, rows, heads, dim = shape
+    q, k, v = (torch.randn(batch, n, heads, dim).to(dtype) for n in (active, rows, rows))
+    out = torch.empty_like(q)
+    turned = [x.transpose(1, 2) for x in (q, k, v)]
+    runs = {
+        "native": lambda: attention.active_attention(out, q, k, v, backend="native"),
+        "torch": lambda: _drop(torch.nn.functional.scaled_dot_product_attention(*turned)),
+    }
+    for run in runs.values():
+        run()
+    few = slice(None, None, max(active // 16, 1))
+    error = (out[:, few].float() - reference.active_attention(q[:, few].float(), k, v)).abs().max()
+    if not error <= (2e-2 if dtype == torch.bfloat16 else 1e-5):
+        raise RuntimeError(f"attention {shape}, {dtype}: the native kernel and the definition differ by {error}")
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(samples):
+        for name, run in runs.items():
+            taken[name].append(seconds(run, 1))
+    native, by_torch = (statistics.median(taken[name]) for name in runs)
+    operations = 4 * batch * heads * active * rows * dim
+    return {
+        "operations": operations, "native_us": 1e6 * native, "torch_us": 1e6 * by_torch,
+        "native_gflop_s": operations / native / 1e9, "torch_gflop_s": operations / by_torch / 1e9,
+        "times_as_fast": by_torch / native,
+    }  # fmt: skip
+
+
 def _drop(_: object) -> None:
     """For lambdas that are called for what they do."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write ``ops.json``."""
-    parse = common.parser("ops", "The step family: native kernels against torch.", bundle=None)
+    parse = common.parser("ops", "The step family and attention: native kernels against torch.", bundle=None)
     parse.add_argument(
         "--samples", type=common.positive, default=15, help="samples of about 10 ms for each figure"
     )
     parse.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES), help="shapes by name")
+    parse.add_argument(
+        "--attention", nargs="*", choices=ATTENTION, default=list(ATTENTION), help="attention shapes by name"
+    )
     options = parse.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -202,13 +249,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, shape, kind in tqdm(kinds, desc="ops", disable=True if options.quiet else None):
             if name != "exit_decision" or shape == options.shapes[0]:
                 rows[f"{name}, {shape}, {kind}"] = measure(name, SHAPES[shape], DTYPES[kind], options.samples)
+        pairs = {
+            f"{shape}, {kind}": measure_attention(ATTENTION[shape], DTYPES[kind], options.samples)
+            for shape in tqdm(options.attention, desc="attention", disable=True if options.quiet else None)
+            for kind in DTYPES
+        }
     result |= {"native": backend.native.build_info(), "threads": torch.get_num_threads(), "rows": rows}
+    result["attention"] = pairs
     print(common.table(
         ["op, shape, dtype", "native µs", "torch µs", "definition µs", "native GB/s", "torch GB/s",
          "copy GB/s", "% of copy"],
         [[name, *(common.figure(row[key]) for key in ("native_us", "torch_us", "definition_us", "native_gb_s",
           "torch_gb_s", "copy_gb_s")), common.figure(row["share_of_copy"], 0, scale=100)]
          for name, row in rows.items()],
+    ))  # fmt: skip
+    print(common.table(
+        ["attention, dtype", "native µs", "torch µs", "native GFLOP/s", "torch GFLOP/s", "torch / native"],
+        [[name, *(common.figure(row[key]) for key in ("native_us", "torch_us", "native_gflop_s", "torch_gflop_s")),
+          common.figure(row["times_as_fast"], 2)] for name, row in pairs.items()],
     ))  # fmt: skip
     if busy := common.warn_if_busy(result):
         print(busy)

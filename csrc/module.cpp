@@ -17,6 +17,7 @@ py::dict build_info() {
   py::dict info;
   info["compiler"] = DSA_RT_COMPILER;
   info["instruction_sets"] = sets;
+  info["amx_bf16"] = dsa_rt::has_amx_bf16();
   info["threads"] = dsa_rt::parallel_backend();
   info["cuda"] = DSA_RT_CUDA_ARCHITECTURES;
   return info;
@@ -29,7 +30,9 @@ PYBIND11_MODULE(_native, m) {
   py::module_::import("torch");  // first, or a second OpenMP runtime could enter the process
   dsa_rt::register_errors();
   m.def("build_info", build_info,
-        "compiler; instruction_sets that run here, best first; threads: 'openmp' (PyTorch's own team) or 'threads'; "
-        "cuda: architectures compiled for, '' without CUDA.");
+        "compiler; instruction_sets that run here, best first; amx_bf16: whether the processor has that matrix unit, "
+        "which no kernel here uses; threads: 'openmp' (PyTorch's own team) or 'threads'; cuda: architectures compiled "
+        "for, '' without CUDA.");
   dsa_rt::bind_step(m);
+  dsa_rt::bind_attention(m);
 }

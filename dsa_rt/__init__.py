@@ -26,11 +26,13 @@ if TYPE_CHECKING:
         ShapeError,
     )
     from dsa_rt.exporting import export
-    from dsa_rt.generate import Chunk, Generate, Session
+    from dsa_rt.generate import Generate
     from dsa_rt.media import Video
-    from dsa_rt.policy import DSA, Fixed
+    from dsa_rt.pipelines.attach import attach, attached, detach
+    from dsa_rt.policy import DSA, HSA, Fixed
     from dsa_rt.progress import Event
     from dsa_rt.runtime import Runtime, load
+    from dsa_rt.session import Chunk, Session
     from dsa_rt.stats import Stats
 
 __version__ = "0.1.0"
@@ -38,15 +40,16 @@ __version__ = "0.1.0"
 _HOMES = {
     "BundleError": "errors", "Cancelled": "errors", "DsaRtError": "errors", "MemoryLimitError": "errors",
     "OptionError": "errors", "OutputError": "errors", "PolicyError": "errors", "PromptError": "errors",
-    "ShapeError": "errors", "export": "exporting", "Chunk": "generate", "Generate": "generate", "Session": "generate",
-    "Video": "media", "DSA": "policy", "Fixed": "policy", "Event": "progress", "Runtime": "runtime",
-    "load": "runtime", "Stats": "stats",
+    "ShapeError": "errors", "export": "exporting", "Chunk": "session", "Generate": "generate", "Session": "session",
+    "Video": "media", "DSA": "policy", "HSA": "policy", "Fixed": "policy", "Event": "progress", "Runtime": "runtime",
+    "load": "runtime", "Stats": "stats", "attach": "pipelines.attach", "attached": "pipelines.attach",
+    "detach": "pipelines.attach",
 }  # fmt: skip
 
 __all__ = [
-    "DSA", "BundleError", "Cancelled", "Chunk", "DsaRtError", "Event", "Fixed", "Generate", "MemoryLimitError",
+    "DSA", "HSA", "BundleError", "Cancelled", "Chunk", "DsaRtError", "Event", "Fixed", "Generate", "MemoryLimitError",
     "OptionError", "OutputError", "PolicyError", "PromptError", "Runtime", "Session", "ShapeError", "Stats", "Video",
-    "__version__", "export", "load",
+    "__version__", "attach", "attached", "detach", "export", "load",
 ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 class BuildInfo(TypedDict):
     compiler: str
     instruction_sets: list[str]
+    amx_bf16: bool
     threads: str
     cuda: str
 
@@ -75,3 +76,14 @@ def exit_decision(
     stream: int = 0,
 ) -> None: ...
 def check_exit_decision(refine: Tensor, confidence: Tensor, logit: Tensor, threshold: Tensor) -> None: ...
+def active_attention(
+    out: Tensor,
+    lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    threads: int = 1,
+    instruction_set: str = "",
+    stream: int = 0,
+) -> None: ...
+def check_active_attention(out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> None: ...

@@ -1,4 +1,4 @@
-"""The command line: `dsa-rt generate | inspect | prompts | doctor | train`.
+"""The command line: `dsa-rt generate | export | inspect | prompts | doctor | train`.
 
 Results go to stdout, progress and errors to stderr. With --json, stdout gets exactly one JSON object. An
 error is one line, `dsa-rt: error: …`; nothing is left half-written. torch is imported inside the commands
@@ -34,6 +34,12 @@ EXIT_CODES = """exit codes:
   5  not enough memory
   130  interrupted with Ctrl-C        143  terminated
 """
+
+KV_STORAGES = ("auto", "model", "fp8", "host")
+KV_HELP = (
+    "where K/V is kept between steps that skip tokens: on the device in the model's dtype, there in 8 bits, or in host "
+    "memory; auto: the first that fits"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -150,8 +156,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--policy",
-        help="dsa, dsa-paper, dsa:calls=24, dsa:fps=16, dense, fixed-2, fixed-4-then-1, … "
+        help="dsa, dsa-paper, dsa:calls=24, dsa:fps=16, dense, fixed-2, fixed-4-then-1, …; for many-step bundles "
+        "hsa-50, hsa-75a, hsa-25:update=extrapolated, … "
         "(default: dsa where the bundle has a confidence head, else dense)",
+    )
+    what.add_argument(
+        "--image", metavar="FILE", help="the first frame, for image-to-video bundles, in the size of the video"
+    )
+    what.add_argument(
+        "--negative-prompt", default="", metavar="TEXT", help="what guidance leads away from, for many-step bundles"
     )
     what.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     for name, meaning in (
@@ -172,12 +185,26 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="default: %(default)s"
     )
     how.add_argument(
+        "--decoder", metavar="FILE", help="a tiny decoder (.safetensors) in place of the bundle's video codec"
+    )
+    how.add_argument(
         "--memory-limit", metavar="SIZE", help="refuse to take more than this, for example 2GB or 512MiB"
     )
+    how.add_argument("--kv-storage", default="auto", choices=KV_STORAGES, help=f"{KV_HELP} (default: %(default)s)")
     how.add_argument("--quiet", action="store_true", help="no progress bar, no table")
 
+    _add_export(command("export", commands.export, "turn a published Wan checkpoint into a bundle"))
     look = command("inspect", commands.inspect, "show what is in a bundle, and check it")
     look.add_argument("bundle", help="demo, demo-many-step or a folder")
+    look.add_argument(
+        "--policy", help="also show what a many-step run under it computes and takes: hsa-50, hsa-75a, dense, …"
+    )
+    for name in ("height", "width", "frames", "steps"):
+        look.add_argument(f"--{name}", type=int, metavar="N", help="of that run (default: the bundle's)")
+    look.add_argument("--memory-limit", metavar="SIZE", help="of that run, for example 2GB; says whether it fits")
+    look.add_argument("--kv-storage", choices=KV_STORAGES, help=f"{KV_HELP} (default: auto)")
+    look.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), help="of that run (default: auto)")
+    look.add_argument("--device", choices=("cpu", "cuda"), help="of that run; need not be here (default: cpu)")
     command("prompts", commands.prompts, "show what the demo understands, with examples")
     command(
         "doctor", commands.doctor, "show what was found on this machine, which backend runs what, and why"
@@ -186,6 +213,56 @@ def _parser() -> argparse.ArgumentParser:
         "train", add_help=False, help="train the demo again; dsa-rt train --help has the options"
     )
     return parser
+
+
+def _add_export(make: argparse.ArgumentParser) -> None:
+    make.add_argument(
+        "source",
+        help="a diffusers folder (WanPipeline, WanImageToVideoPipeline), a folder or .safetensors file in the original "
+        "Wan layout, or a .pt file such as Self-Forcing's",
+    )
+    make.add_argument("dest", help="the bundle's folder; an export that was interrupted goes on")
+    files = make.add_argument_group("files")
+    files.add_argument(
+        "--components",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="where text encoder, tokenizer, video codec and image encoder are that the source lacks: a diffusers "
+        "folder, or that of one of them; may be repeated",
+    )
+    files.add_argument("--decoder", metavar="FILE", help="a tiny decoder (TAEHV) in place of the video codec")
+    files.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="of all weights (default: what each part has)"
+    )
+    files.add_argument(
+        "--weights", choices=("ema", "raw"), help="which generator of a .pt file (default: ema if it is there)"
+    )
+    files.add_argument("--shard-size", default="4GB", metavar="SIZE", help="of one file (default: %(default)s)")
+    files.add_argument("--overwrite", action="store_true", help="replace a bundle of that name")
+    files.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+    how = make.add_argument_group("how it is run (the defaults are usual for its kind)")
+    how.add_argument("--name", help="of the bundle (default: the source's)")
+    how.add_argument(
+        "--form", choices=("causal", "bidirectional"), help="how it was trained (default: causal for .pt files)"
+    )
+    steps = how.add_mutually_exclusive_group()
+    steps.add_argument("--steps", type=int, metavar="N", help="Euler steps of a many-step generator")
+    steps.add_argument("--timesteps", metavar="LIST", help="of a few-step generator: 1000,750,500,250")
+    for name, kind, meaning in (
+        ("shift", float, "of the schedule (default: the scheduler's, else 5)"),
+        ("guidance-scale", float, "default scale, 1 = none"),
+        ("height", int, "in pixels"),
+        ("width", int, "in pixels"),
+        ("frames", int, "of the clips it was trained on"),
+        ("fps", float, "frames per second of the video"),
+        ("chunk-frames", int, "latent frames of a chunk (causal)"),
+        ("window", int, "latent frames attention looks back on, sink included (causal)"),
+        ("sink", int, "first latent frames that stay in the window (causal)"),
+        ("boundary", float, "where the second expert takes over, a part of the timesteps"),
+    ):
+        how.add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=meaning)
+    how.add_argument("--taps", metavar="LIST", help="blocks that the confidence head reads, from 0: 13,21,29")
 
 
 # Errors -----------------------------------------------------------------------------------------

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dsa_rt.bundle import Bundle, Latent, Manifest, Part, Schedule, Size, write_bundle
-from dsa_rt.codec.conv import ConvCodec
-from dsa_rt.codec.text import GrammarTextEncoder
 from dsa_rt.errors import OptionError
 from dsa_rt.models.confidence import ConfidenceHead
 from dsa_rt.models.wan import WanModel
 from dsa_rt.policy import Calibration
+
+if TYPE_CHECKING:
+    from dsa_rt.codec import AnyTextEncoder
+    from dsa_rt.codec.conv import ConvCodec
+    from dsa_rt.codec.tiny import TinyCodec
+    from dsa_rt.codec.wan_vae import WanVaeCodec
 
 
 def export(
@@ -23,8 +27,8 @@ def export(
     *,
     name: str,
     model: WanModel,
-    codec: ConvCodec,
-    text_encoder: GrammarTextEncoder,
+    codec: ConvCodec | WanVaeCodec | TinyCodec,
+    text_encoder: AnyTextEncoder,
     schedule: Schedule,
     size: Size,
     head: ConfidenceHead | None = None,
@@ -55,7 +59,7 @@ def export(
         latent=Latent(codec.latent_channels, codec.spatial_factor, codec.temporal_factor),
         size=size,
         codec=Part(codec.kind, codec.to_dict()),
-        text_encoder=Part(text_encoder.kind, text_encoder.config.to_dict()),
+        text_encoder=Part(text_encoder.kind, text_encoder.to_dict()),
         fps=fps,
         chunk_frames=chunk_frames,
         window=window,
@@ -69,7 +73,7 @@ def export(
     if head is not None:
         parts["confidence_head"] = head
     tensors = {key: _weights(part, dtype) for key, part in parts.items()}
-    return write_bundle(path, manifest, tensors, overwrite=overwrite)
+    return write_bundle(path, manifest, tensors, overwrite=overwrite, assets=text_encoder.assets())
 
 
 def _weights(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -81,6 +82,15 @@ class ActiveSet:
     modulation_rows: Tensor
     slots: Tensor | None = None
     valid: int = 0
+    parts: tuple[range, ...] = ()
+
+    def take(self, index: Tensor, parts: Sequence[range], valid: int) -> ActiveSet:
+        """The tokens at ``index`` [A] of this set; they take the cache rows of ``parts``, A in all."""
+        slots = torch.cat([torch.arange(0), *(torch.arange(part.start, part.stop) for part in parts)])
+        return ActiveSet(
+            self.tokens[index], self.cos[index], self.sin[index], self.modulation_rows[index], slots.to(index.device),
+            valid, tuple(parts),
+        )  # fmt: skip
 
     @cached_property
     def slot_range(self) -> tuple[int, int] | None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dsa_rt.cache import cache_bytes
+import torch
+
+from dsa_rt.bundle import Bundle, Manifest
 from dsa_rt.errors import OptionError, PolicyError, ShapeError
-from dsa_rt.memory import MemoryPlan, parse_bytes
+from dsa_rt.memory import MemoryPlan, choose, parse_bytes
+from dsa_rt.models.wan import WanConfig
 from dsa_rt.plan import TokenGrid
-from dsa_rt.policy import Fixed, Policy, parse_policy
+from dsa_rt.planner import Run, Subject, plan_memory, storages
+from dsa_rt.policy import HSA, Fixed, Policy, StepPlan, parse_policy
+from dsa_rt.sampler.ode import switch_step
 from dsa_rt.schedule import euler_sigmas, few_step_sigmas
 
 if TYPE_CHECKING:
@@ -19,7 +25,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Settings:
     """height, width [pixels], frames; latent_frames; chunk_frames, window, sink [latent frames]; sigmas: the level of
-    each pass (few-step) or the Euler grid with its final 0 (many-step); guidance: 1 = none."""
+    each pass (few-step) or the Euler grid with its final 0 (many-step); guidance: 1 = none; token_plan: what each step
+    of a many-step run computes, None where passes are decided by the chunk; image_plan: the same for a run whose first
+    frame is given in place of noise, None where there is no such run."""
 
     height: int
     width: int
@@ -34,6 +42,8 @@ class Settings:
     sigmas: tuple[float, ...]
     guidance: float
     plan: MemoryPlan
+    token_plan: StepPlan | None = None
+    image_plan: StepPlan | None = None
 
     @property
     def chunks(self) -> int:
@@ -56,6 +66,7 @@ def settle(
     steps: int | None,
     guidance_scale: float | None,
     memory_limit: int | str | None,
+    kv_storage: str = "auto",
 ) -> Settings:
     """Defaults filled in, everything checked, memory planned; see ``Runtime.compile`` for arguments and errors."""
     manifest, model = runtime.manifest, runtime.model.config
@@ -66,6 +77,9 @@ def settle(
     frames = _whole("frames", manifest.size.frames if frames is None else frames)
     chunk = manifest.chunk_frames if causal and manifest.chunk_frames else 1
     latent_frames = _latent_frames(frames, manifest.latent.temporal, chunk)
+    chosen = _policy(policy, causal, runtime.head is not None)
+    grid = _grid(manifest, model, height, width)
+    token_plan = image_plan = None
     if causal:
         for name, value in (("steps", steps), ("guidance_scale", guidance_scale)):
             if value is not None:
@@ -85,23 +99,91 @@ def settle(
                 raise OptionError(
                     f"{name}={value} was given, but this generator sees the whole clip at once; leave it out"
                 )
-        default = manifest.schedule.steps if isinstance(manifest.schedule.steps, int) else len(manifest.schedule.steps)
-        sigmas = euler_sigmas(_whole("steps", default if steps is None else steps), manifest.schedule.shift)
+        token_plan, image_plan = _token_plans(manifest, chosen, steps, grid, latent_frames)
+        sigmas = euler_sigmas(token_plan.steps, manifest.schedule.shift)
         guidance = manifest.guidance if guidance_scale is None else guidance_scale
         if not isinstance(guidance, int | float) or not 0 <= guidance <= 100:
             raise OptionError(f"guidance_scale is {guidance!r}; expected a number from 0 to 100 (1 = no guidance)")
         chunk, window, sink = latent_frames, latent_frames, 0
-    chosen = _policy(policy, causal, runtime.head is not None)
-    grid = TokenGrid(
-        height // (manifest.latent.spatial * model.patch[1]), width // (manifest.latent.spatial * model.patch[2]),
-        model.patch,
-    )  # fmt: skip
-    settings = Settings(
+    weights = sum(t.nbytes for module in runtime.modules for t in module.state_dict().values())
+    subject = Subject(manifest, model, weights, runtime.dtype, runtime.device)
+    plans = [plan for plan in (token_plan, image_plan) if plan is not None]
+    run = Run(height, width, frames, grid, chunk, window, guidance != 1, plans)
+    memory = [plan_memory(subject, run, storage) for storage in storages(kv_storage, run, chosen.name)]
+    return Settings(
         height, width, frames, latent_frames, grid, chosen, causal, chunk, window, sink, tuple(sigmas), guidance,
-        _plan(runtime, height, width, frames, grid, chunk, window, causal, guidance),
+        choose(memory, limit, runtime.device), token_plan, image_plan,
     )  # fmt: skip
-    settings.plan.check(limit, runtime.device)
-    return settings
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a many-step run will compute and take."""
+
+    policy: Policy
+    token_plan: StepPlan
+    memory: MemoryPlan
+
+
+def preview(
+    bundle: Bundle, policy: str | Policy, *, height: int | None = None, width: int | None = None,
+    frames: int | None = None, steps: int | None = None, kv_storage: str = "auto",
+    memory_limit: int | str | None = None, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu",
+) -> Preview:  # fmt: skip
+    """Of a bundle that is not loaded, on a device that need not be there; errors as in :func:`settle`. Of memory only
+    the limit counts, as what is free here and now says nothing about then and there."""
+    manifest, model = bundle.manifest, bundle.config("architecture", WanConfig)
+    if model.form == "causal":
+        raise PolicyError(
+            f"policy {policy!r}: there is nothing to plan ahead for an autoregressive bundle, whose policies decide "
+            "while they run; leave it out, or name a many-step bundle such as 'demo-many-step'"
+        )
+    limit, place = parse_bytes(memory_limit), torch.device(device)
+    chosen = _policy(policy, causal=False, has_head=False)
+    height = _size("height", height, manifest.size.height, manifest.latent.spatial * model.patch[1])
+    width = _size("width", width, manifest.size.width, manifest.latent.spatial * model.patch[2])
+    frames = _whole("frames", manifest.size.frames if frames is None else frames)
+    latent_frames = _latent_frames(frames, manifest.latent.temporal, 1)
+    grid = _grid(manifest, model, height, width)
+    token_plan, image_plan = _token_plans(manifest, chosen, steps, grid, latent_frames)
+    plans = [token_plan] if image_plan is None else [token_plan, image_plan]
+    run = Run(height, width, frames, grid, latent_frames, latent_frames, manifest.guidance != 1, plans)
+    subject = Subject.of(bundle, model, dtype, place)
+    memory = [plan_memory(subject, run, storage) for storage in storages(kv_storage, run, chosen.name)]
+    return Preview(chosen, token_plan, choose(memory, limit, place, here=False))
+
+
+def _token_plans(
+    manifest: Manifest, policy: Policy, steps: int | None, grid: TokenGrid, latent_frames: int
+) -> tuple[StepPlan, StepPlan | None]:
+    """Of a run without condition tokens, and of one whose first latent frame is given; None where none can be."""
+    plan = _token_plan(manifest, policy, steps, grid, latent_frames, 0)
+    if manifest.image_conditioning != "first-frame" or latent_frames == 1:
+        return plan, None
+    return plan, _token_plan(manifest, policy, steps, grid, latent_frames, grid.tokens)
+
+
+def _token_plan(
+    manifest: Manifest, policy: Policy, steps: int | None, grid: TokenGrid, latent_frames: int, fixed: int
+) -> StepPlan:
+    """steps: as the user asks; else as the policy has them, else the bundle. fixed: tokens that are conditions."""
+    default = manifest.schedule.steps if isinstance(manifest.schedule.steps, int) else len(manifest.schedule.steps)
+    tokens = latent_frames * grid.tokens
+    if not isinstance(policy, HSA):
+        return StepPlan.dense(_whole("steps", default if steps is None else steps), tokens, fixed)
+    steps = _whole("steps", policy.steps or default if steps is None else steps)
+    full = expert_steps(manifest, euler_sigmas(steps, manifest.schedule.shift))
+    return policy.plan(steps, tokens, grid.tokens, fixed=fixed, full=full)
+
+
+def expert_steps(manifest: Manifest, sigmas: Sequence[float]) -> tuple[int, ...]:
+    """Steps at which other weights take over, and all tokens must be computed."""
+    return () if manifest.boundary is None else (switch_step(sigmas, manifest.boundary),)
+
+
+def _grid(manifest: Manifest, model: WanConfig, height: int, width: int) -> TokenGrid:
+    spatial = manifest.latent.spatial
+    return TokenGrid(height // (spatial * model.patch[1]), width // (spatial * model.patch[2]), model.patch)
 
 
 def _whole(name: str, value: int) -> int:
@@ -152,28 +234,9 @@ def _window(
 
 def _policy(policy: str | Policy | None, causal: bool, has_head: bool) -> Policy:
     chosen = parse_policy(policy if policy is not None else "dsa" if causal and has_head else "dense")
-    if not causal and chosen != Fixed():
+    if not causal and chosen != Fixed() and not isinstance(chosen, HSA):
         raise PolicyError(
             f"policy {chosen.name} decides passes per chunk, but this many-step generator makes the whole clip at "
-            "once; use policy='dense' with it, or a few-step bundle such as 'demo'"
+            "once; use policy='dense' or 'hsa-50' with it, or a few-step bundle such as 'demo'"
         )
     return chosen
-
-
-def _plan(
-    runtime: Runtime, height: int, width: int, frames: int, grid: TokenGrid, chunk: int, window: int, causal: bool,
-    guidance: float,
-) -> MemoryPlan:  # fmt: skip
-    model, dtype = runtime.model.config, runtime.dtype
-    modules = (runtime.model, runtime.head, runtime.codec, runtime.text_encoder)
-    weights = sum(t.nbytes for m in modules if m is not None for t in m.state_dict().values())
-    text_kv = 2 * model.layers * model.text_length * model.dim * dtype.itemsize * (1 if guidance == 1 else 2)
-    kv = cache_bytes(model.layers, 1, window, grid.tokens, model.dim, dtype) if causal else 0
-    active = chunk * grid.tokens
-    # Residual, normed row, q, k, v and attention output in dtype, norms in fp32, and the wide feed-forward row.
-    activations = active * (6 * model.dim * dtype.itemsize + 4 * model.dim * 4 + 2 * model.ffn_dim * dtype.itemsize)
-    latent = runtime.manifest.latent
-    chunk_pixels = chunk * latent.temporal * height * width * 3
-    decode = chunk_pixels * (dtype.itemsize + 4 + 1) + height * width * 64 * dtype.itemsize
-    latents = (1 + frames // latent.temporal) * height * width // latent.spatial**2 * latent.channels * 4
-    return MemoryPlan(weights, kv + text_kv, activations, decode, frames * height * width * 3 + latents)

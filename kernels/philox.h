@@ -7,14 +7,8 @@
 #pragma once
 
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
 
-#if defined(__CUDACC__)
-#define DSA_RT_INLINE static __device__ __forceinline__
-#else
-#define DSA_RT_INLINE static inline __attribute__((always_inline))
-#endif
+#include "bits.h"
 
 namespace dsa_rt {
 
@@ -33,18 +27,6 @@ DSA_RT_INLINE PhiloxWords philox(PhiloxWords counter, uint32_t key0, uint32_t ke
     key1 += 0xBB67AE85u;
   }
   return counter;
-}
-
-DSA_RT_INLINE float bits_to_float(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-DSA_RT_INLINE uint32_t float_to_bits(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits;
 }
 
 DSA_RT_INLINE float exact_sqrt(float value) {

@@ -3,9 +3,9 @@
 
 #include <stdint.h>
 
-namespace dsa_rt {
+#include "element.h"
 
-enum class Element : int { float32, bfloat16 };
+namespace dsa_rt {
 
 // Rows [B, N, P] with contiguous elements inside a row; strides count elements.
 struct Rows {

@@ -345,7 +345,7 @@ def test_tensors(bundle: Path, change: Callable[[dict[str, Any]], object], messa
         (lambda m: m["architecture"].update(layers="2"), "layers"),
         (lambda m: m["architecture"].update(in_channels=5), "in_channels is 5"),
         (lambda m: m["codec"].update(kind="vae"), "codec kind 'vae' is unknown"),
-        (lambda m: m["text_encoder"].update(kind="umt5"), "text_encoder kind 'umt5' is unknown"),
+        (lambda m: m["text_encoder"].update(kind="t5"), "text_encoder kind 't5' is unknown"),
         (lambda m: m["confidence_head"].update(taps=[0, 2]), "taps (0, 2)"),
         (lambda m: m["latent"].update(channels=7), "7"),
         (lambda m: m["files"][0].update(path="../generator.safetensors"), "../generator.safetensors"),

@@ -302,11 +302,16 @@ def test_memory(bundle: Path, tmp_path: Path) -> None:
 
 def test_ops(tmp_path: Path) -> None:
     ops.main(
-        ["--threads", "1", "--samples", "1", "--shapes", "demo chunk", "--out", str(tmp_path), "--quiet"]
-    )
+        ["--threads", "1", "--samples", "1", "--shapes", "demo chunk", "--attention", "demo chunk",
+         "--out", str(tmp_path), "--quiet"]
+    )  # fmt: skip
     rows = read(tmp_path, "ops.json")["rows"]
     assert len(rows) == 8 and all(row["native_us"] > 0 and row["copy_gb_s"] > 0 for row in rows.values())
     assert rows["renoise, demo chunk, bf16"]["bytes"] == 4 * 108 * 32 * 2
+    pairs = read(tmp_path, "ops.json")["attention"]
+    assert {row["operations"] for row in pairs.values()} == {4 * 3 * 108 * 756 * 64}
+    for row in pairs.values():
+        assert row["times_as_fast"] == pytest.approx(row["torch_us"] / row["native_us"])
 
 
 def test_ops_refuses_a_wrong_kernel() -> None:

@@ -36,7 +36,8 @@ def test_errors_and_events_need_no_torch() -> None:
 
 def test_runtime_needs_no_pictures() -> None:
     """Video files, charts and bars come with their first use; what torch itself imports is torch's affair."""
-    loaded = modules_of("import dsa_rt; dsa_rt.load, dsa_rt.Video, dsa_rt.Generate, dsa_rt.export", "import torch")
+    names = "dsa_rt.load, dsa_rt.Video, dsa_rt.Generate, dsa_rt.export, dsa_rt.attach"
+    loaded = modules_of(f"import dsa_rt; {names}", "import torch")
     assert {"dsa_rt", "safetensors"} <= loaded and not loaded & {"diffusers", *PICTURES}
 
 

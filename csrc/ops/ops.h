@@ -6,5 +6,6 @@
 namespace dsa_rt {
 
 void bind_step(pybind11::module_& m);
+void bind_attention(pybind11::module_& m);
 
 }  // namespace dsa_rt

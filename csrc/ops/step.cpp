@@ -6,7 +6,7 @@
 
 #include "../cpu_features.h"
 #include "../parallel.h"
-#include "../tensor.h"
+#include "launch.h"
 #include "ops.h"
 
 #if defined(DSA_RT_CUDA)
@@ -16,27 +16,15 @@
 namespace dsa_rt {
 namespace {
 
-const std::initializer_list<Dtype> float_dtypes = {Dtype::float32, Dtype::bfloat16};
-
-// Where and how to run: threads and instruction set for CPU tensors, the stream for CUDA tensors.
-struct Launch {
-  int threads;
-  std::string instruction_set;
-  uintptr_t stream;
-};
-
 const cpu::StepKernels& cpu_kernels(const std::string& instruction_set) {
   switch (choose_instruction_set(instruction_set)) {
 #if defined(DSA_RT_X86)
+    case InstructionSet::avx512_bf16:
     case InstructionSet::avx512: return cpu::step_avx512;
     case InstructionSet::avx2: return cpu::step_avx2;
 #endif
     default: return cpu::step_generic;
   }
-}
-
-Element element_of(const TensorView& view) {
-  return view.dtype == Dtype::bfloat16 ? Element::bfloat16 : Element::float32;
 }
 
 Rows rows_of(const TensorView& view) { return {view.data, view.stride[0], view.stride[1], element_of(view)}; }
@@ -54,10 +42,6 @@ constexpr int64_t copy_grain = 1 << 16, noise_grain = 1 << 13;  // elements; rou
 uint32_t draw_of(const Signature& op, int64_t draw) {
   if (draw < 0 || draw > 0xFFFFFFFF) op.fail_option("draw is " + std::to_string(draw) + ", expected 0 to 2^32 - 1");
   return static_cast<uint32_t>(draw);
-}
-
-[[noreturn]] void no_kernel(const Signature& op) {
-  op.fail_option("this build has no kernel for the tensors' device; use backend='torch'");
 }
 
 class PhiloxNormal {
@@ -209,20 +193,6 @@ class ExitDecision {
   Signature op_;
   ExitDecisionParams params_;
 };
-
-// Binds `name` (check, then run without the GIL) and check_`name` (check alone) for the constructor's arguments.
-template <class Op, class... Arguments, class... Names>
-void bind(py::module_& m, const std::string& name, const Names&... names) {
-  m.def(
-      name.c_str(),
-      [](Arguments... arguments, int threads, std::string instruction_set, uintptr_t stream) {
-        Op op(std::move(arguments)...);
-        py::gil_scoped_release release;
-        op.run({threads, std::move(instruction_set), stream});
-      },
-      names..., py::arg("threads") = 1, py::arg("instruction_set") = "", py::arg("stream") = 0);
-  m.def(("check_" + name).c_str(), [](Arguments... arguments) { Op(std::move(arguments)...); }, names...);
-}
 
 }  // namespace
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dsa_rt.bundle.strict import load_json, parse, short
+from dsa_rt.bundle.strict import OPTIONAL, load_json, parse, short
 from dsa_rt.errors import BundleError
 
 FORMAT_VERSION = 1
@@ -121,6 +121,7 @@ class Manifest:
     """Everything about a bundle but its tensors.
 
     architecture: {"kind": "wan", ...}, the rest being the model's own configuration (see Bundle.config).
+    codec, text_encoder: None where the bundle was exported without one; it cannot be loaded then.
     confidence_head: the head's configuration, None without a head.
     chunk_frames, window, sink: latent frames; window and sink are defaults, None = unlimited and none.
     guidance: default guidance scale, 1 = none.  fps: frames per second of the video.
@@ -128,6 +129,13 @@ class Manifest:
         level n holds what the head said after pass n (rising) and what further passes then changed,
         in a calibration run; other keys are free.
     training: free notes.  files: filled in when the bundle is written.
+
+    Of later versions, so that a manifest may lack them:
+    boundary: with two experts (generator and generator_2), the part of train_timesteps from which on the first
+        is used, as boundary_ratio in diffusers; below it the second is. None with one generator.
+    image_conditioning: what a first frame is given to: "none", "concat" (mask and latents on further input
+        channels; needs an image), "first-frame" (clean tokens in place of noisy ones; may have an image).
+    image_encoder: encoder of the image rows that cross-attention reads; None without such rows.
     """
 
     name: str
@@ -135,8 +143,8 @@ class Manifest:
     schedule: Schedule
     latent: Latent
     size: Size
-    codec: Part
-    text_encoder: Part
+    codec: Part | None
+    text_encoder: Part | None
     fps: float = 16.0
     chunk_frames: int | None = None
     window: int | None = None
@@ -149,6 +157,9 @@ class Manifest:
     prediction: Literal["velocity"] = "velocity"
     files: tuple[FileEntry, ...] = ()
     format_version: int = FORMAT_VERSION
+    boundary: float | None = field(default=None, metadata=OPTIONAL)
+    image_conditioning: Literal["none", "concat", "first-frame"] = field(default="none", metadata=OPTIONAL)
+    image_encoder: Part | None = field(default=None, metadata=OPTIONAL)
 
     def __post_init__(self) -> None:
         for name in ("name", "created_by"):
@@ -176,6 +187,14 @@ class Manifest:
             )
         if self.architecture.get("form") == "causal":
             _require(self.chunk_frames is not None, "chunk_frames is null; a causal generator needs it")
+        _require(
+            self.boundary is None or 0 < self.boundary < 1,
+            f"boundary is {self.boundary}; expected null or a part of the timesteps between 0 and 1",
+        )
+        _require(
+            self.image_encoder is None or self.image_conditioning == "concat",
+            f'image_encoder is given, but image_conditioning is "{self.image_conditioning}"; expected "concat"',
+        )
         paths: set[str] = set()
         for entry in self.files:
             _require(entry.path not in paths, f"files lists {entry.path!r} twice")

@@ -23,10 +23,15 @@ from dsa_rt.errors import BundleError
 # Component -> its file without suffix.
 COMPONENTS = {
     "generator": "generator",
+    "generator_2": "generator_2",
     "confidence_head": "confidence_head",
     "codec": "codec/model",
     "text_encoder": "text_encoder/model",
+    "image_encoder": "image_encoder/model",
 }
+# Files that are handed to the library that understands them, unread: name -> path.
+ASSETS = {"tokenizer": "tokenizer/tokenizer.json"}
+MAX_ASSET_BYTES = 64 << 20  # UMT5's tokenizer has 16 MiB
 _BLOCK = 4 << 20  # bytes read at a time when hashing
 
 T = TypeVar("T")
@@ -50,19 +55,25 @@ class Bundle:
                 f"{MANIFEST} and the files disagree on whether there is a confidence_head; "
                 "export the bundle again"
             )
+        if (self.manifest.boundary is None) == bool(self.tensors.get("generator_2")):
+            raise BundleError(
+                f"{MANIFEST} and the files disagree on whether there are two experts (boundary and generator_2); "
+                "export the bundle again"
+            )
 
     def config(self, section: str, kind: type[T]) -> T:
         """A section of the manifest as its owner's dataclass: no key missing, unknown or of another type.
 
-        section: "architecture", "confidence_head", "codec" or "text_encoder". The section's own "kind", by
-        which the caller chose the class, is left out. Raises BundleError, also for what the class refuses.
+        section: "architecture", "confidence_head", "codec", "text_encoder" or "image_encoder". The section's own
+        "kind", by which the caller chose the class, is left out. Raises BundleError, also for what the class refuses.
         """
         value = getattr(self.manifest, section)
         with _blame(self.path):
             if isinstance(value, Part):
                 return parse(kind, value.config, f"{MANIFEST}: {section}: config")
             if value is None:
-                raise BundleError(f"it has no {section}; train or choose one that has")
+                remedy = "train or choose" if section == "confidence_head" else "export"
+                raise BundleError(f"it has no {section}; {remedy} one that has")
             value = {key: member for key, member in value.items() if key != "kind"}
             return parse(kind, value, f"{MANIFEST}: {section}")
 
@@ -94,6 +105,19 @@ class Bundle:
                 f"bundle '{self.path}': {file} does not fit {MANIFEST}: {'; '.join(faults[:5])}{more}. "
                 "Export the bundle again from a matching checkpoint"
             )
+
+    def read_asset(self, name: str) -> bytes:
+        """A whole file that is no tensors, by its name in ASSETS; BundleError where it is missing or has changed."""
+        path = ASSETS[name]
+        entry = next((entry for entry in self.manifest.files if entry.path == path), None)
+        with _blame(self.path):
+            if entry is None:
+                raise BundleError(f"it has no {path}; export it again with one")
+            with _open_entry(self.path, entry) as stream:
+                data = stream.read(entry.bytes)
+            if self.hashes_verified and hashlib.sha256(data).hexdigest() != entry.sha256:
+                raise BundleError(f"{path} changed since the bundle was opened; open it again")
+        return data
 
     def load(
         self, component: str, device: str | torch.device, dtype: torch.dtype, progress: Progress | None = None
@@ -156,7 +180,10 @@ def read_bundle(root: Path, verify_hashes: bool, progress: Progress | None = Non
     headers: dict[str, dict[str, TensorEntry]] = {}
     for entry in manifest.files:  # all that is quick, first
         with _open_entry(root, entry) as stream:
-            if entry.path.endswith(".safetensors"):
+            if entry.path in ASSETS.values():
+                if entry.bytes > MAX_ASSET_BYTES:
+                    raise BundleError(f"{entry.path} has {entry.bytes} bytes; expected {MAX_ASSET_BYTES} at most")
+            elif entry.path.endswith(".safetensors"):
                 headers[entry.path] = read_header(stream, entry.bytes, entry.path)
             else:
                 index[entry.path] = load_json(stream.read(MAX_JSON_BYTES + 1), entry.path)

@@ -155,18 +155,29 @@ def write_tensors(
 
     advance: called with the bytes of each tensor written.  Raises OSError.
     """
+    entries = {name: TensorEntry("", tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return stream_tensors(path, entries, tensors.__getitem__, advance)
+
+
+def stream_tensors(
+    path: Path,
+    entries: Mapping[str, TensorEntry],
+    read: Callable[[str], Tensor],
+    advance: Callable[[int], None],
+) -> tuple[str, int]:
+    """write_tensors for tensors that are not there yet: `read` gives each, once, as `entries` describe it."""
     # Wide dtypes first, so that every tensor is aligned to its own element size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    order = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in order:
-        tensor = tensors[name]
+        entry = entries[name]
         header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
+            "dtype": _NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.nbytes],
         }
-        offset += tensor.nbytes
+        offset += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     digest = hashlib.sha256()
@@ -175,9 +186,12 @@ def write_tensors(
             stream.write(block)
             digest.update(block)
         for name in order:
-            flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
+            flat = read(name).detach().to("cpu").contiguous().reshape(-1)
             data = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+            if len(data) != entries[name].nbytes:
+                raise ValueError(f"tensor {name!r} has {len(data)} bytes, expected {entries[name].nbytes}")
             stream.write(data)
             digest.update(data)
             advance(len(data))
+            del flat, data  # before the next one is read
     return digest.hexdigest(), 8 + len(text) + offset

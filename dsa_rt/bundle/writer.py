@@ -7,13 +7,13 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from dsa_rt.bundle.manifest import MANIFEST, FileEntry, Manifest
-from dsa_rt.bundle.reader import COMPONENTS, Bundle, read_bundle
+from dsa_rt.bundle.reader import ASSETS, COMPONENTS, Bundle, read_bundle
 from dsa_rt.bundle.strict import short
 from dsa_rt.bundle.tensors import check_writable, write_tensors
 from dsa_rt.errors import BundleError, OptionError, OutputError
@@ -27,12 +27,13 @@ def write_bundle(
     overwrite: bool = False,
     shard_bytes: int = 4 << 30,
     progress: Callable[[int, int], None] | None = None,
+    assets: Mapping[str, bytes] | None = None,
 ) -> Bundle:
     """Writes the folder `path` and opens it. Nothing gets that name unless all of it is written and sound.
 
     manifest: its `files` are replaced by what is written.
-    tensors: by component ("generator", "confidence_head", "codec", "text_encoder") and name; any device and
-        stride, written in the dtype they have.
+    tensors: by component (see COMPONENTS) and name; any device and stride, written in the dtype they have.
+    assets: whole files by name (see ASSETS).
     overwrite: replace an existing bundle (and nothing but a bundle).
     shard_bytes: a component with more tensor bytes is split into files of at most this size (or one tensor).
     progress: called with (bytes written, bytes in all).
@@ -46,8 +47,11 @@ def write_bundle(
             raise BundleError(f"unknown component {short(component)}; a bundle has {', '.join(COMPONENTS)}")
         for name, tensor in members.items():
             check_writable(name, tensor, component)
+    for name in assets or {}:
+        if name not in ASSETS:
+            raise BundleError(f"unknown asset {short(name)}; a bundle has {', '.join(ASSETS)}")
     target = Path(os.path.realpath(path))
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     total = sum(tensor.nbytes for members in tensors.values() for tensor in members.values())
     written = 0
 
@@ -68,9 +72,10 @@ def write_bundle(
             for component, members in tensors.items():
                 if members:
                     files += _write_component(new, COMPONENTS[component], members, shard_bytes, advance)
+            files += [write_file(new, ASSETS[name], data) for name, data in (assets or {}).items()]
             (new / MANIFEST).write_bytes(dataclasses.replace(manifest, files=tuple(files)).to_json())
             bundle = read_bundle(new, verify_hashes=False)
-            _swap(new, target, old)
+            swap(new, target, old)
     except OSError as error:
         raise OutputError(
             f"cannot write the bundle '{target}': {error.strerror or error}; "
@@ -92,7 +97,8 @@ def write_manifest(bundle: Bundle, manifest: Manifest) -> Bundle:
     return changed
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raises OutputError unless a bundle may be written to `target`, a path without links."""
     if not target.parent.is_dir():
         raise OutputError(
             f"cannot write the bundle '{target}': there is no folder '{target.parent}'; create it first"
@@ -117,35 +123,57 @@ def _check_target(target: Path, overwrite: bool) -> None:
         )
 
 
+def plan_shards(base: str, sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
+    """Which tensors go into which file of a component, by their bytes: file -> names, in alphabetical order.
+
+    base: the component's file without suffix. One file where all fit into it, else numbered ones that hold at
+    most shard_bytes of tensors or one tensor.
+    """
+    shards: list[list[str]] = [[]]
+    room = shard_bytes
+    for name in sorted(sizes):
+        if shards[-1] and sizes[name] > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= sizes[name]
+    if len(shards) == 1:
+        return {f"{base}.safetensors": shards[0]}
+    count = len(shards)
+    return {f"{base}-{number:05d}-of-{count:05d}.safetensors": names for number, names in enumerate(shards, 1)}
+
+
+def write_index(folder: Path, base: str, shards: Mapping[str, Sequence[str]], size: int) -> FileEntry:
+    """The file that says where a component's tensors are, in the layout of transformers. size: bytes of all."""
+    weight_map = {name: Path(file).name for file, names in shards.items() for name in names}
+    text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1).encode()
+    return write_file(folder, f"{base}.safetensors.index.json", text)
+
+
+def write_file(folder: Path, path: str, data: bytes) -> FileEntry:
+    """Writes `path` inside `folder`, and says so."""
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    (folder / path).write_bytes(data)
+    return FileEntry(path, hashlib.sha256(data).hexdigest(), len(data))
+
+
 def _write_component(
     folder: Path, base: str, tensors: Mapping[str, Tensor], shard_bytes: int, advance: Callable[[int], None]
 ) -> list[FileEntry]:
-    shards: list[dict[str, Tensor]] = [{}]
-    room = shard_bytes
-    for name in sorted(tensors):
-        if shards[-1] and tensors[name].nbytes > room:
-            shards.append({})
-            room = shard_bytes
-        shards[-1][name] = tensors[name]
-        room -= tensors[name].nbytes
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    shards = plan_shards(base, sizes, shard_bytes)
     (folder / base).parent.mkdir(exist_ok=True)
-    if len(shards) == 1:
-        file = f"{base}.safetensors"
-        return [FileEntry(file, *write_tensors(folder / file, shards[0], advance))]
-    files = []
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"{base}-{number:05d}-of-{len(shards):05d}.safetensors"
-        files.append(FileEntry(file, *write_tensors(folder / file, shard, advance)))
-        weight_map |= {name: Path(file).name for name in shard}
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1).encode()
-    index = f"{base}.safetensors.index.json"
-    (folder / index).write_bytes(text)
-    return [*files, FileEntry(index, hashlib.sha256(text).hexdigest(), len(text))]
+    files = [
+        FileEntry(file, *write_tensors(folder / file, {name: tensors[name] for name in names}, advance))
+        for file, names in shards.items()
+    ]
+    if len(shards) > 1:
+        files.append(write_index(folder, base, shards, sum(sizes.values())))
+    return files
 
 
-def _swap(new: Path, target: Path, old: Path) -> None:
+def swap(new: Path, target: Path, old: Path) -> None:
+    """Renames `new` to `target`; what had that name before becomes `old`. On an error all is as it was."""
     try:
         if target.exists():
             os.rename(target, old)

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dsa_rt.errors import ShapeError
+from dsa_rt.bundle import Bundle
+from dsa_rt.codec.shapes import StreamShape, check_frames, check_latents, latent_shape
 
 TIME = 4  # video frames per latent frame
 FOLD = 4  # pixels per side folded into channels before the first convolution
@@ -196,20 +197,7 @@ class ConvCodec(nn.Module):
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(z, latent frames, rows, columns) of a clip. :class:`ShapeError` when a size does not divide."""
-        if frames < 1 or frames % TIME != 1:
-            below = (frames - 1) // TIME * TIME + 1
-            near = f"{below} or {below + TIME}" if frames > 0 else "1"
-            raise ShapeError(
-                f"{frames} frames do not fit the video codec: it needs 1 + {TIME}k frames, as {near} would be."
-            )
-        for name, size in (("height", height), ("width", width)):
-            if size < SPACE or size % SPACE:
-                below = size // SPACE * SPACE
-                near = f"{below} or {below + SPACE}" if below else f"{SPACE}"
-                raise ShapeError(
-                    f"{name} {size} is not divisible by {SPACE}, as the video codec needs; {near} would be."
-                )
-        return self.config.z, 1 + (frames - 1) // TIME, height // SPACE, width // SPACE
+        return latent_shape(self.config.z, TIME, SPACE, frames, height, width)
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
@@ -217,12 +205,7 @@ class ConvCodec(nn.Module):
 
         Causal: latent frame k depends on video frames 0 .. 4k only. Raises :class:`ShapeError`.
         """
-        if frames.ndim != 5 or frames.shape[1] != COLOURS:
-            raise ShapeError(
-                f"frames must be [batch, {COLOURS}, frames, height, width]; got {list(frames.shape)}."
-            )
-        if not frames.is_floating_point():
-            raise ShapeError(f"frames must be floating point in [-1, 1]; got {frames.dtype}.")
+        check_frames(frames)
         self.latent_shape(*frames.shape[2:])
         first = frames[:, :, :1].expand(-1, -1, TIME, -1, -1)
         raw = self.encode_groups(torch.cat([first, frames[:, :, 1:]], dim=2).to(self.dtype))
@@ -231,12 +214,18 @@ class ConvCodec(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, z, f, h, w] of a whole clip -> video [B, 3, 4f - 3, 8h, 8w] in [-1, 1]."""
-        self._check_latents(latents)
+        check_latents(latents, self.config.z, SPACE)
         return self.stream_decoder(latents.shape[0]).decode(latents)
 
     def stream_decoder(self, batch: int = 1) -> ConvStreamDecoder:
         """A decoder that takes a clip's latent frames in any portions, for ``batch`` clips side by side."""
         return ConvStreamDecoder(self, batch)
+
+    def decode_bytes(self, height: int, width: int) -> int:
+        """Most that decoding one more latent frame of a stream holds [bytes], counted on small codecs."""
+        frames = 3 * TIME * COLOURS * height * width
+        features = 6 * self.config.width * (height // FOLD) * (width // FOLD)
+        return (frames + features) * self.dtype.itemsize
 
     def encode_groups(self, frames: Tensor) -> Tensor:
         """Groups of four frames [B, 3, 4f, H, W] -> raw latents [B, z, f, h, w], with gradients (for training)."""
@@ -256,13 +245,6 @@ class ConvCodec(nn.Module):
     def _column(self, per_channel: Tensor) -> Tensor:
         return per_channel.view(1, -1, 1, 1, 1)
 
-    def _check_latents(self, latents: Tensor) -> None:
-        if latents.ndim != 5 or latents.shape[1] != self.config.z or 0 in latents.shape:
-            raise ShapeError(
-                f"latents must be [batch, {self.config.z}, latent frames, height/{SPACE}, width/{SPACE}], none of them "
-                f"empty; got {list(latents.shape)}."
-            )
-
 
 class ConvStreamDecoder:
     """Decodes one clip (or ``batch`` clips side by side) portion by portion; made by ``ConvCodec.stream_decoder``.
@@ -271,12 +253,9 @@ class ConvStreamDecoder:
     """
 
     def __init__(self, codec: ConvCodec, batch: int) -> None:
-        if batch < 1:
-            raise ShapeError(f"a stream decoder needs a batch of at least 1; got {batch}.")
         self.codec = codec
-        self.batch = batch
+        self._shape = StreamShape(codec.config.z, SPACE, batch)
         self._history = _Carried(codec.decoder.block_count)
-        self._size: tuple[int, int] | None = None
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -284,14 +263,7 @@ class ConvStreamDecoder:
 
         t = 4f - 3 on the first call, 4f later. Raises :class:`ShapeError` when batch or size change on the way.
         """
-        self.codec._check_latents(latents)
-        size = (latents.shape[3], latents.shape[4])
-        if latents.shape[0] != self.batch or self._size not in (None, size):
-            rows, columns = self._size or size
-            raise ShapeError(
-                f"this stream decodes latents [{self.batch}, {self.codec.config.z}, any, {rows}, {columns}]; "
-                f"got {list(latents.shape)}. Make another stream decoder for another clip."
-            )
+        first = self._shape.check(latents)
         codec = self.codec
         raw = latents.to(codec.dtype) * codec._column(codec.latent_std) + codec._column(codec.latent_mean)
         frames = []
@@ -299,6 +271,10 @@ class ConvStreamDecoder:
             self._history.rewind()
             stacked = codec.decoder(raw[:, :, index], self._history)
             group = stacked.unflatten(1, (TIME, COLOURS)).transpose(1, 2)
-            frames.append(group if self._size else group[:, :, -1:])
-            self._size = size
+            frames.append(group[:, :, -1:] if first and index == 0 else group)
         return torch.cat(frames, dim=2).clamp_(-1, 1)
+
+
+def from_bundle(bundle: Bundle) -> ConvCodec:
+    """The codec that a bundle describes, its weights still to be loaded."""
+    return ConvCodec(bundle.config("codec", ConvCodecConfig))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsa_rt.bundle import Bundle
 from dsa_rt.errors import OptionError
 
 
@@ -47,6 +48,24 @@ class GrammarTextEncoder(nn.Module):
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim)
 
+    @property
+    def dim(self) -> int:
+        return self.config.dim
+
+    @property
+    def length(self) -> int:
+        return self.config.length
+
+    def dtype_for(self, dtype: torch.dtype) -> torch.dtype:
+        """Always fp32: it is small, and runs once a prompt."""
+        return torch.float32
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.config.to_dict()
+
+    def assets(self) -> dict[str, bytes]:
+        return {}
+
     def forward(self, ids: Tensor) -> Tensor:
         """Word numbers [B, length] int64 -> [B, length, dim]."""
         x = self.words(ids) + self.positions
@@ -76,3 +95,8 @@ class _Layer(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         x = x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
         return x + self.ffn(self.norm2(x))
+
+
+def from_bundle(bundle: Bundle) -> GrammarTextEncoder:
+    """The encoder that a bundle describes, its weights still to be loaded."""
+    return GrammarTextEncoder(bundle.config("text_encoder", GrammarTextConfig))

@@ -10,12 +10,10 @@ rounding). None is differentiable: training uses :mod:`dsa_rt.reference`.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dsa_rt import reference
-from dsa_rt.errors import OptionError
-from dsa_rt.ops.backend import choose, native, register
+from dsa_rt.ops.backend import ran_native, register
 
 register("philox_normal(Tensor(a!) out, Tensor seeds, Tensor tokens, int draw) -> ()")
 register(
@@ -37,7 +35,7 @@ def philox_normal(
     out [B, A, P] fp32 or bf16; seeds [B] int64; tokens [A] int64, positions in the whole clip; draw 0 to 2^32
     - 1 (0 is the initial noise). bf16 is the fp32 value rounded once.
     """
-    if _ran_native("philox_normal", backend, out, (out, seeds, tokens), draw):
+    if ran_native("philox_normal", backend, out, (out, seeds, tokens), draw):
         return
     out.copy_(reference.philox_normal(seeds, tokens, out.shape[-1], draw))
 
@@ -62,7 +60,7 @@ def renoise(
     prediction. out, x, x0 [B, A, P] of one dtype, velocity [B, A, P]: fp32 or bf16; seeds [B], tokens [A]
     int64. ``out`` may be ``x`` or ``velocity`` itself.
     """
-    if _ran_native("renoise", backend, x, (out, x0, x, velocity, seeds, tokens), sigma, sigma_next, draw):
+    if ran_native("renoise", backend, x, (out, x0, x, velocity, seeds, tokens), sigma, sigma_next, draw):
         return
     noisy, clean = reference.renoise(x, velocity, sigma, sigma_next, seeds, tokens, draw)
     out.copy_(noisy)
@@ -88,7 +86,7 @@ def cached_step(
     caller's to avoid). ``score`` [B, A] fp32 receives the relative change of each fresh row, ‖fresh -
     cached‖₁ / ‖fresh‖₁.
     """
-    if _ran_native("cached_step", backend, x, (x, velocity_cache, score, rows, fresh), delta_sigma):
+    if ran_native("cached_step", backend, x, (x, velocity_cache, score, rows, fresh), delta_sigma):
         return
     new_x, new_cache, change = reference.cached_step(x, velocity_cache, rows, fresh, delta_sigma)
     x.copy_(new_x)
@@ -104,30 +102,8 @@ def exit_decision(
 
     refine [B] bool or uint8; confidence [B] fp32; logit [B] fp32 or bf16; threshold [B] fp32.
     """
-    if _ran_native("exit_decision", backend, logit, (refine, confidence, logit, threshold)):
+    if ran_native("exit_decision", backend, logit, (refine, confidence, logit, threshold)):
         return
     decision, value = reference.exit_decision(logit, threshold)
     refine.copy_(decision)
     confidence.copy_(value)
-
-
-def _ran_native(
-    op: str, backend: str | None, decides: Tensor, tensors: tuple[Tensor | None, ...], *scalars: float
-) -> bool:
-    """Runs the call in the native module where that is the choice; else checks it, for the caller to run.
-
-    The choice goes by device and dtype of ``decides``; tensors and scalars are in the order of the schema.
-    """
-    # What is no tensor, or on another device, goes to the check, which says so: the dispatcher would complain
-    # in its own words, or take a kernel by one tensor of many.
-    uniform = isinstance(decides, Tensor) and all(
-        t is None or (isinstance(t, Tensor) and t.device == decides.device) for t in tensors
-    )
-    if uniform and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise OptionError(f"{op}: not differentiable; use torch.no_grad(), or dsa_rt.reference to train")
-    if uniform and choose(op, decides.device.type, decides.dtype, backend) == "native":
-        getattr(torch.ops.dsa_rt, op)(*tensors, *scalars)
-        return True
-    if not torch.compiler.is_compiling():
-        getattr(native, f"check_{op}")(*tensors, *scalars)
-    return False

@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Policy(ABC):
-    """How many passes chunks get. Equal policies decide equally; none changes after construction."""
+    """How much is computed. Equal policies decide equally; none changes after construction.
+
+    Policies of chunks answer in :meth:`begin`. :class:`dsa_rt.policy.HSA`, which allocates steps to tokens of a whole
+    clip, refuses there and answers in its ``plan``.
+    """
 
     @property
     @abstractmethod

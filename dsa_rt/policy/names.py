@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 
@@ -9,6 +10,7 @@ from dsa_rt.errors import PolicyError
 from dsa_rt.policy.base import Policy
 from dsa_rt.policy.dsa import DSA, TARGETS
 from dsa_rt.policy.fixed import Fixed
+from dsa_rt.policy.hsa import HSA, PRESETS
 
 _DSA = {
     "dsa": DSA(),
@@ -17,7 +19,9 @@ _DSA = {
     "dsa-calibrated": DSA("calibrated"),
     "dsa-calibrated-retest": DSA("calibrated", retest=True),
 }
-NAMES = ("dense", "fixed-N", "fixed-N-then-M", *_DSA)
+_HSA = {**PRESETS, "hsa": HSA()}
+NAMES = ("dense", "fixed-N", "fixed-N-then-M", *_DSA, *_HSA)
+HSA_OPTIONS = ("groups=", "window=", "selection=", "update=", "strength=", "steps=")
 OPTIONS = ("passes=", "calls=", "fps=", "retest", "retest=no", "first=free")
 _FIXED = re.compile(r"fixed-([0-9]{1,6})(?:-then-([0-9]{1,6}|all))?")
 _FLAG = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
@@ -29,8 +33,10 @@ def parse_policy(policy: str | Policy) -> Policy:
     Names: dense, fixed-2, fixed-4-then-1 (first chunk, then the others), dsa (calibrated where the bundle
     can, else paper), dsa-paper, dsa-paper-retest, dsa-calibrated (the same as dsa-calibrated-retest). Those
     of DSA take options after a colon, separated by commas: one target (passes=2.5 per chunk, calls=24 per
-    clip, fps=16), retest or retest=no, first=free; see :class:`DSA`. :class:`PolicyError` for anything else,
-    with the nearest name.
+    clip, fps=16), retest or retest=no, first=free; see :class:`DSA`. For many-step bundles: hsa-75a, hsa-75b,
+    hsa-50 (the same as hsa) and hsa-25; options are groups=0.16@40+0.84@10 (share of the tokens @ steps),
+    window=0.8, selection=random, update=extrapolated, strength=0.5, steps=40; see :class:`HSA`.
+    :class:`PolicyError` for anything else, with the nearest name.
     """
     if isinstance(policy, Policy):
         return policy
@@ -38,7 +44,7 @@ def parse_policy(policy: str | Policy) -> Policy:
         raise PolicyError(f"policy is {policy!r}; expected a name ({', '.join(NAMES)}) or a policy object")
     base, colon, rest = policy.strip().lower().partition(":")
     base = base.strip()
-    found: Policy | None = _DSA.get(base)
+    found: Policy | None = _DSA.get(base) or _HSA.get(base)
     if base == "dense":
         found = Fixed()
     elif match := _FIXED.fullmatch(base):
@@ -49,6 +55,8 @@ def parse_policy(policy: str | Policy) -> Policy:
         raise PolicyError(f"unknown policy {policy!r}{_nearest(base, NAMES)}; there are {', '.join(NAMES)}")
     if not colon:
         return found
+    if isinstance(found, HSA):
+        return _hsa_with_options(found, base, rest, policy)
     if not isinstance(found, DSA):
         raise PolicyError(f"policy {policy!r}: {base} takes no options")
     return _with_options(found, base, rest, policy)
@@ -78,6 +86,48 @@ def _with_options(found: DSA, base: str, rest: str, policy: str) -> DSA:
         raise PolicyError(f"policy {policy!r}: retest is stated twice")
     fields = {"rule": found.rule, "retest": found.retest} | settings
     return DSA(**fields)  # type: ignore[arg-type]
+
+
+def _hsa_with_options(found: HSA, base: str, rest: str, policy: str) -> HSA:
+    settings: dict[str, object] = {}
+    for part in rest.split(","):
+        key, _, text = (piece.strip() for piece in part.partition("="))
+        if f"{key}=" not in HSA_OPTIONS or not text:
+            raise PolicyError(
+                f"policy {policy!r}: option {part.strip()!r} is not known{_nearest(part.strip(), HSA_OPTIONS)}; "
+                f"{base} takes {', '.join(HSA_OPTIONS)}"
+            )
+        if key in settings:
+            raise PolicyError(f"policy {policy!r}: {key} is stated twice")
+        settings[key] = _hsa_value(key, text, policy)
+    if "groups" in settings:
+        settings = {"steps": None} | settings  # those of the name belong to its groups
+    return dataclasses.replace(found, **settings)  # type: ignore[arg-type]
+
+
+def _hsa_value(key: str, text: str, policy: str) -> object:
+    if key in ("selection", "update"):
+        return text
+    if key == "steps":
+        return _whole(key, text, policy)
+    if key != "groups":
+        return _number(key, text, policy)
+    groups = []
+    for group in text.split("+"):
+        share, at, budget = group.partition("@")
+        if not at:
+            raise PolicyError(
+                f"policy {policy!r}: {group.strip()!r} is not a group; expected share@steps, for example "
+                "groups=0.16@40+0.84@10"
+            )
+        groups.append((_number("share", share.strip(), policy), _whole("budget", budget.strip(), policy)))
+    return tuple(groups)
+
+
+def _whole(key: str, text: str, policy: str) -> int:
+    if not re.fullmatch("[0-9]{1,6}", text):
+        raise PolicyError(f"policy {policy!r}: {key} is {text!r}; expected a whole number of steps")
+    return int(text)
 
 
 def _number(key: str, text: str, policy: str) -> float:

@@ -67,8 +67,17 @@ def active_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     q [B, A, H, D]; k, v [B, N, H, D] -> [B, A, H, D].
     """
-    scores = torch.einsum("bahd,bnhd->bhan", q.float(), k.float()) * q.shape[-1] ** -0.5
-    return torch.einsum("bhan,bnhd->bahd", scores.softmax(-1), v.float()).to(q.dtype)
+    return torch.einsum("bhan,bnhd->bahd", _scores(q, k).softmax(-1), v.float()).to(q.dtype)
+
+
+def attention_log_sum_exp(q: Tensor, k: Tensor) -> Tensor:
+    """Natural logarithm of the softmax's denominator in :func:`active_attention`: [B, H, A] fp32."""
+    return _scores(q, k).logsumexp(-1)
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """q [B, A, H, D], k [B, N, H, D] -> [B, H, A, N] fp32, scaled by 1/√D."""
+    return torch.einsum("bahd,bnhd->bhan", q.float(), k.float()) * q.shape[-1] ** -0.5
 
 
 def confidence_pool(query: Tensor, keys: Tensor, tokens: Tensor) -> Tensor:

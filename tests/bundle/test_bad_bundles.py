@@ -109,7 +109,10 @@ def test_a_manifest_without_end_is_not_read(folder: Path) -> None:
     refused(folder, "manifest.json is larger than")
 
 
-@pytest.mark.parametrize("key", [*make_manifest().__dataclass_fields__])
+LATER = {"boundary", "image_conditioning", "image_encoder"}  # keys that older bundles lack
+
+
+@pytest.mark.parametrize("key", sorted(set(make_manifest().__dataclass_fields__) - LATER))
 def test_every_key_is_needed(folder: Path, no_mapping: None, key: str) -> None:
     edit_manifest(folder, lambda manifest: manifest.pop(key))
     refused(folder, "format_version None" if key == "format_version" else f"missing keys '{key}'")
@@ -139,7 +142,11 @@ def calibration(**level: Any) -> dict[str, Any]:
         ({"size": {"height": 96, "width": 96}}, "size has missing keys 'frames'"),
         ({"size": {"height": 96, "width": -1, "frames": 1}}, "size: width is -1"),
         ({"codec": {"kind": "conv"}}, "codec has missing keys 'config'"),
-        ({"codec": None}, "codec is None; expected an object"),
+        ({"codec": 3}, "codec is 3; expected an object"),
+        ({"boundary": 0.9}, "disagree on whether there are two experts"),
+        ({"boundary": 1.5}, "boundary is 1.5; expected null or a part of the timesteps between 0 and 1"),
+        ({"image_conditioning": "last-frame"}, "image_conditioning is 'last-frame'; this version of dsa_rt knows"),
+        ({"image_encoder": {"kind": "clip-vision", "config": {}}}, 'image_conditioning is "none"; expected "concat"'),
         ({"confidence_head": None}, "disagree on whether there is a confidence_head"),
         ({"files": []}, "no generator.safetensors"),
         ({"files": {}}, "files is .*expected a list"),
@@ -455,3 +462,61 @@ def test_a_file_changed_after_opening(folder: Path) -> None:
     (folder / "generator.safetensors").unlink()
     with pytest.raises(BundleError, match="generator.safetensors"):
         bundle.load("generator", "cpu", torch.float32)
+
+
+# Assets
+
+
+def asset(folder: Path, data: bytes = b"{}") -> Path:
+    """The bundle again, with a tokenizer."""
+    write_bundle(folder, make_manifest(), make_tensors(), overwrite=True, assets={"tokenizer": data})
+    return folder / "tokenizer" / "tokenizer.json"
+
+
+def test_an_asset_that_is_not_what_it_was(folder: Path, no_mapping: None) -> None:
+    file = asset(folder)
+    file.write_bytes(b"[]")
+    refused(folder, "tokenizer/tokenizer.json does not match its SHA-256", verify=(True,))
+    file.write_bytes(b"{} ")
+    refused(folder, "tokenizer/tokenizer.json is 3 bytes long, manifest.json says 2")
+    file.unlink()
+    refused(folder, "tokenizer/tokenizer.json is missing")
+
+
+def test_an_asset_that_changes_after_opening(folder: Path) -> None:
+    file = asset(folder)
+    bundle = open_bundle(folder)
+    file.write_bytes(b"[]")
+    with pytest.raises(BundleError, match="tokenizer.json changed since the bundle was opened"):
+        bundle.read_asset("tokenizer")
+    file.unlink()
+    with pytest.raises(BundleError, match="tokenizer.json is missing"):
+        bundle.read_asset("tokenizer")
+
+
+def test_a_bundle_without_the_asset(folder: Path) -> None:
+    with pytest.raises(BundleError, match="has no tokenizer/tokenizer.json; export it again"):
+        open_bundle(folder).read_asset("tokenizer")
+    with pytest.raises(BundleError, match="unknown asset 'vocab'; a bundle has tokenizer"):
+        write_bundle(folder, make_manifest(), make_tensors(), overwrite=True, assets={"vocab": b""})
+
+
+def test_an_asset_without_end(folder: Path) -> None:
+    file = asset(folder)
+    with open(file, "ab") as stream:
+        stream.truncate(1 << 40)
+
+    def change(manifest: dict[str, Any]) -> None:
+        next(e for e in manifest["files"] if e["path"] == "tokenizer/tokenizer.json")["bytes"] = 1 << 40
+
+    edit_manifest(folder, change)
+    refused(folder, "tokenizer/tokenizer.json has 1099511627776 bytes; expected 67108864 at most")
+
+
+@pytest.mark.parametrize("boundary", [None, 0.5])
+def test_one_expert_too_many_or_too_few(folder: Path, boundary: float | None) -> None:
+    tensors = make_tensors()
+    if boundary is None:
+        tensors["generator_2"] = tensors["generator"]
+    with pytest.raises(BundleError, match=r"disagree on whether there are two experts \(boundary and generator_2\)"):
+        write_bundle(folder, make_manifest(boundary=boundary), tensors, overwrite=True)

@@ -13,7 +13,16 @@ import pytest
 import safetensors.torch
 import torch
 
-from dsa_rt.bundle import Bundle, Manifest, describe, describe_text, open_bundle, write_bundle, write_manifest
+from dsa_rt.bundle import (
+    Bundle,
+    Manifest,
+    Part,
+    describe,
+    describe_text,
+    open_bundle,
+    write_bundle,
+    write_manifest,
+)
 from dsa_rt.errors import BundleError
 
 from .conftest import ARCHITECTURE, HEAD, make_manifest, make_tensors, replace_file
@@ -211,3 +220,39 @@ def test_describe_prints_no_control_characters(tmp_path: Path) -> None:
     manifest = make_manifest(training={"note": "\x1b[2Jgone"})
     text = describe_text(write_bundle(tmp_path / "b", manifest, make_tensors()))
     assert "gone" in text and "\x1b" not in text
+
+
+def test_two_experts_and_an_asset(tmp_path: Path) -> None:
+    """A second generator, an image encoder, and a tokenizer that goes along unread."""
+    tokenizer = json.dumps({"version": "1.0", "text": "x" * (9 << 20)}).encode()  # more than other JSON may have
+    tensors = make_tensors() | {"generator_2": make_tensors(7)["generator"], "image_encoder": {"w": torch.randn(3)}}
+    manifest = make_manifest(
+        boundary=0.875, image_conditioning="concat", image_encoder=Part("clip-vision", {"hidden_size": 3})
+    )
+    written = write_bundle(tmp_path / "b", manifest, tensors, assets={"tokenizer": tokenizer})
+    bundle = open_bundle(tmp_path / "b")
+    assert bundle.manifest == written.manifest and bundle.manifest.boundary == 0.875
+    assert bundle.read_asset("tokenizer") == tokenizer
+    for component in ("generator", "generator_2", "image_encoder"):
+        loaded = bundle.load(component, "cpu", torch.float32)
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors[component].items())
+    assert describe(bundle)["components"]["generator_2"]["tensors"] == 3
+
+
+def test_manifests_of_before(folder: Path) -> None:
+    """What the first version wrote lacks the keys that came later."""
+    text = (folder / "manifest.json").read_text()
+    value = json.loads(text)
+    for key in ("boundary", "image_conditioning", "image_encoder"):
+        del value[key]
+    (folder / "manifest.json").write_text(json.dumps(value))
+    assert open_bundle(folder).manifest == Manifest.from_json(text.encode())
+
+
+def test_a_bundle_without_codec_and_text_encoder(tmp_path: Path) -> None:
+    tensors = {name: members for name, members in make_tensors().items() if name in ("generator", "confidence_head")}
+    bundle = write_bundle(tmp_path / "b", make_manifest(codec=None, text_encoder=None), tensors)
+    assert open_bundle(tmp_path / "b").manifest.codec is None
+    with pytest.raises(BundleError, match="it has no codec; export one that has"):
+        bundle.config("codec", CodecConfig)
+    assert "codec" in describe_text(bundle)

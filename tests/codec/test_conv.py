@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from torch import Tensor
 
 from dsa_rt.codec import StreamDecoder, TextEncoder, VideoCodec
@@ -190,3 +191,16 @@ def test_a_refused_portion_does_not_disturb_the_stream() -> None:
 def test_an_empty_batch_is_refused() -> None:
     with pytest.raises(ShapeError, match="at least 1"):
         random_codec().stream_decoder(0)
+
+
+@pytest.mark.parametrize("config", [TINY, ConvCodecConfig(), ConvCodecConfig(z=4, width=8, width_latent=8)])
+def test_decode_bytes_is_what_decoding_holds(config: ConvCodecConfig) -> None:
+    codec = ConvCodec(config).requires_grad_(False).eval()
+    stream, held = codec.stream_decoder(), []
+    with LiveBytes() as live:
+        for _ in range(3):
+            live.peak = 0
+            stream.decode(torch.zeros(1, config.z, 1, 3, 4))
+            held.append((live.peak, live.now))
+    expected = codec.decode_bytes(24, 32)
+    assert held[1] == held[2] and held[2][0] <= expected <= 2 * held[2][0], (held, expected)

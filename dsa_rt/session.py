@@ -1,0 +1,308 @@
+"""One clip being made: chunks on demand, and prompts that change between them."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Event as CancelFlag
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dsa_rt.cache import KVCache, TextKV
+from dsa_rt.errors import Cancelled, OptionError, PromptError
+from dsa_rt.ops import backend
+from dsa_rt.policy import StepPlan
+from dsa_rt.progress import Event, EventKind
+from dsa_rt.sampler.conditions import Conditions, image_conditions
+from dsa_rt.sampler.ode import Expert, solve
+from dsa_rt.sampler.passes import ChunkPasses
+from dsa_rt.sampler.rollout import DenoisedChunk, Rollout
+from dsa_rt.stats import ChunkStats, Stats, frames_sha256, peak_memory
+
+if TYPE_CHECKING:
+    from dsa_rt.generate import Generate
+    from dsa_rt.models.wan import WanModel
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What a stream hands out. frames [t, H, W, 3] uint8; latents [C, f, h, w] fp32; stats: what it cost."""
+
+    index: int
+    frames: Tensor
+    latents: Tensor
+    stats: ChunkStats
+
+    @property
+    def passes(self) -> int:
+        return self.stats.passes
+
+    @property
+    def confidences(self) -> tuple[float | None, ...]:
+        return self.stats.confidences
+
+
+class Session:
+    """One clip being made. Iterate, or call :meth:`next_chunk`; :meth:`set_prompt` between chunks.
+
+    ``chunks`` is the clip's length in chunks, None without end. Made by :class:`Generate`.
+    """
+
+    def __init__(
+        self,
+        generate: Generate,
+        prompt: str,
+        seed: int,
+        *,
+        chunks: int | None,
+        on_event: OnEvent | None = None,
+        cancel: CancelFlag | None = None,
+        prompt_rows: Tensor | None = None,
+        image: Tensor | None = None,
+        negative_prompt: str = "",
+    ) -> None:
+        if type(seed) is not int or not -(2**63) <= seed < 2**63:
+            raise OptionError(f"seed is {seed!r}; expected a whole number that fits 64 bits")
+        self.generate, self.prompt, self.seed, self.chunks = generate, prompt, seed, chunks
+        self.settings, self._runtime = generate.settings, generate.runtime
+        self._image, self.negative_prompt = image, negative_prompt
+        self._on_event, self._cancel = on_event, cancel
+        self._started = time.perf_counter()
+        self._first_frame_ms: float | None = None
+        self._made = 0
+        self._finished: deque[ChunkStats] = deque(maxlen=1000 if chunks is None else chunks)
+        self._closed = False
+        self._text_rows = self._encode(prompt) if prompt_rows is None else prompt_rows
+        self._other_rows = self._encode_other(negative_prompt)
+        self._image_rows, self._conditions = self._encode_image()
+        self._text = _embed(self._runtime.model, self._text_rows, self._image_rows)
+        self.text_ms = self._elapsed_ms()
+        self._decoder = self._runtime.codec.stream_decoder()
+        self._recent: deque[tuple[range, Tensor]] = deque()
+        self._rollout = self._start_rollout(self._text) if self.settings.causal else None
+        self._emit("text")
+
+    def __iter__(self) -> Iterator[Chunk]:
+        try:
+            while self.chunks is None or self._made < self.chunks:
+                yield self.next_chunk()
+        finally:
+            self.close()
+
+    def next_chunk(self) -> Chunk:
+        """Denoise and decode the next chunk; raises OptionError past the end, Cancelled when cancelled."""
+        if self._closed:
+            raise OptionError("this session is closed; start another one")
+        if self.chunks is not None and self._made >= self.chunks:
+            raise OptionError(
+                f"the clip has {self.chunks} chunks and all are made; ask for an endless session to go on"
+            )
+        with self._whole_or_closed():
+            return self._make_chunk(self._made)
+
+    def _make_chunk(self, index: int) -> Chunk:
+        self._check()
+        if self._rollout is not None:
+            done = self._rollout.next_chunk(self._on_pass, self._check)
+            self._remember(done)
+            self._emit("context", passes=done.passes)
+        else:
+            done = self._solve()
+        self._check()
+        chunk = self._decode(done)
+        self._finished.append(chunk.stats)
+        self._made += 1
+        if index == 0:
+            self._first_frame_ms = self._elapsed_ms()
+        self._emit("decode", index, passes=done.passes)
+        self._emit("chunk", index, passes=done.passes)
+        return chunk
+
+    def _solve(self) -> DenoisedChunk:
+        runtime, settings = self._runtime, self.settings
+        expert, low = self._expert(runtime.model, self._text), None
+        if runtime.model_2 is not None:
+            low = self._expert(runtime.model_2, _embed(runtime.model_2, self._text_rows, self._image_rows))
+        return solve(
+            runtime.model, settings.grid, range(settings.latent_frames), expert.text, expert.empty, settings.sigmas,
+            settings.guidance, self.seed, self._on_pass, self._check, plan=self._token_plan, low=low,
+            boundary=runtime.manifest.boundary or 0.0, conditions=self._conditions, storage=settings.plan.storage,
+        )  # fmt: skip
+
+    def _expert(self, model: WanModel, text: TextKV) -> Expert:
+        other = None if self._other_rows is None else _embed(model, self._other_rows, self._image_rows)
+        return Expert(model, text, other, self.settings.guidance)
+
+    @property
+    def _token_plan(self) -> StepPlan | None:
+        """Of this clip; None where its passes are decided by the chunk."""
+        return self.settings.image_plan if self._conditions.count else self.settings.token_plan
+
+    def set_prompt(self, prompt: str, recache: bool = False) -> None:
+        """Another prompt from the next chunk on. recache: also rewrite the K/V of the frames in the window under the
+        new prompt, so that the old scene pulls less; costs a context pass for each of their chunks."""
+        if self._closed:
+            raise OptionError("this session is closed; start another one")
+        if self._rollout is None:
+            raise OptionError("a prompt cannot change inside a clip that is made whole; use an autoregressive bundle")
+        self._rollout.passes.text = _embed(self._runtime.model, self._encode(prompt))
+        self.prompt = prompt
+        if recache and self._recent:
+            with self._whole_or_closed():
+                self._recache(self._rollout.passes)
+
+    def _recache(self, passes: ChunkPasses) -> None:
+        """Context passes over the frames of the window, oldest first, each seeing those before it. The window may have
+        cut a chunk: what has left it stays out."""
+        sink = self.settings.sink
+        first = max(sink, self._recent[-1][0].stop - (self.settings.window - sink))
+        passes.cache.restart(first)
+        for frames, x0 in self._recent:
+            cut = [range(frames.start, min(sink, frames.stop)), range(max(first, frames.start), frames.stop)]
+            for part in [frames] if first == sink else cut:
+                if part:
+                    self._check()
+                    rows = slice((part.start - frames.start) * self.settings.grid.tokens,
+                                 (part.stop - frames.start) * self.settings.grid.tokens)  # fmt: skip
+                    passes.write_context(x0[:, rows], passes.active(part))
+
+    @contextmanager
+    def _whole_or_closed(self) -> Iterator[None]:
+        """Closes the session on any exception: half a chunk may be in its caches, and what would follow is not the
+        clip that was asked for."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give the caches back. Iterating to the end does it too."""
+        self._closed = True
+        self._rollout = None
+        self._recent.clear()
+
+    def stats(self, frames: Tensor | None = None) -> Stats:
+        """What has been spent so far (an endless session: in its last 1,000 chunks); with frames their SHA-256."""
+        runtime, settings = self._runtime, self.settings
+        return Stats(
+            chunks=tuple(self._finished), prompt=self.prompt, seed=self.seed, policy=self.generate.policy.name,
+            text_ms=self.text_ms, total_ms=self._elapsed_ms(), time_to_first_frame_ms=self._first_frame_ms,
+            peak_memory_bytes=peak_memory(runtime.device), planned_memory_bytes=settings.plan.total,
+            frames_sha256=frames_sha256(frames) if frames is not None else "", height=settings.height,
+            width=settings.width, video_fps=runtime.manifest.fps, bundle=runtime.manifest.name,
+            device=str(runtime.device), dtype=str(runtime.dtype).removeprefix("torch."),
+            settings={"frames": settings.frames, "window": settings.window, "sink": settings.sink,
+                      "sigmas": list(settings.sigmas), "guidance": settings.guidance} | self._asked(),
+            backends={choice.op: choice.backend for choice in backend.describe(runtime.device.type, runtime.dtype)},
+        )  # fmt: skip
+
+    def _asked(self) -> dict[str, str]:
+        """Settings that not every clip has, for its statistics."""
+        asked = {} if self.settings.token_plan is None else {"kv_storage": self.settings.plan.storage}
+        if self.negative_prompt:
+            asked["negative_prompt"] = self.negative_prompt
+        if self._image is not None:
+            asked["image_sha256"] = hashlib.sha256(self._image.numpy().tobytes()).hexdigest()
+        return asked
+
+    def _encode(self, prompt: str) -> Tensor:
+        with torch.no_grad():
+            return self._runtime.text_encoder.encode([checked_text(prompt)])
+
+    def _encode_other(self, prompt: str) -> Tensor | None:
+        """Text rows that guidance leads away from, of the empty prompt by default; None without guidance."""
+        if not isinstance(prompt, str):
+            raise PromptError(f"negative_prompt is {prompt!r}; expected text")
+        if self.settings.guidance != 1:
+            return self._runtime.text_encoder.encode([prompt])
+        if prompt:
+            raise OptionError(
+                f"negative_prompt={prompt!r} was given, but this run has no guidance to lead away from it; leave it "
+                "out, or compile a many-step bundle with a guidance_scale above 1"
+            )
+        return None
+
+    def _encode_image(self) -> tuple[Tensor | None, Conditions]:
+        """Rows for cross-attention, of generators that read such, and what the sampler is given."""
+        runtime, settings, encoder = self._runtime, self.settings, self._runtime.image_encoder
+        if self._image is None:
+            return None, Conditions()
+        rows = None if encoder is None else encoder.encode(self._image[None])
+        kind = runtime.manifest.image_conditioning
+        return rows, image_conditions(kind, runtime.codec, self._image, settings.frames, settings.grid, runtime.device)
+
+    def _start_rollout(self, text: TextKV) -> Rollout:
+        model, settings = self._runtime.model, self.settings
+        cache = KVCache(
+            layers=model.config.layers, batch=1, window=settings.window, sink=settings.sink,
+            tokens_per_frame=settings.grid.tokens, heads=model.config.heads, head_dim=model.config.head_dim,
+            dtype=self._runtime.dtype, device=self._runtime.device,
+        )  # fmt: skip
+        passes = ChunkPasses(model, settings.grid, text, cache)
+        decider = self.generate.decider(self.chunks)
+        return Rollout(passes, self._runtime.head, settings.sigmas, decider, self.seed, settings.chunk_frames)
+
+    def _remember(self, done: DenoisedChunk) -> None:
+        """Keep the clean rows of chunks that still have frames in the window, for :meth:`set_prompt`."""
+        self._recent.append((done.frames, done.x0))
+        oldest = done.frames.stop - (self.settings.window - self.settings.sink)
+        kept = [item for item in self._recent if item[0].stop > oldest or item[0].start < self.settings.sink]
+        self._recent = deque(kept)
+
+    def _decode(self, done: DenoisedChunk) -> Chunk:
+        start = time.perf_counter()
+        latents = self.settings.grid.unpatchify(done.x0)
+        pixels = self._decoder.decode(latents)
+        frames = pixels[0].float().add_(1).mul_(127.5).round_().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+        tokens, plan = done.x0.shape[1], self._token_plan
+        computed = (tokens,) * done.passes if plan is None else tuple(count for count in plan.counts if count)
+        stats = ChunkStats(
+            index=done.index, passes=done.passes, passes_scheduled=self.settings.passes, frames=len(frames),
+            confidences=done.confidences, refined=done.passes > 1, threshold=done.threshold, tokens=tokens,
+            active_tokens=computed, calls_per_pass=1 if self.settings.guidance == 1 else 2,
+            context_passes=1 if self.settings.causal else 0, denoise_ms=done.denoise_ms, context_ms=done.context_ms,
+            decode_ms=1000 * (time.perf_counter() - start),
+        )  # fmt: skip
+        return Chunk(done.index, frames, latents[0], stats)
+
+    def _on_pass(self, passes: int, confidence: float | None) -> None:
+        self._emit("pass", passes=passes, confidence=confidence)
+
+    def _emit(
+        self, kind: EventKind, index: int | None = None, passes: int = 0, confidence: float | None = None
+    ) -> None:
+        if self._on_event is not None:
+            chunk = self._made if index is None else index
+            self._on_event(
+                Event(kind, chunk, self.chunks, passes, confidence, self._elapsed_ms() / 1000, self.settings.passes)
+            )
+
+    def _check(self) -> None:
+        if self._cancel is not None and self._cancel.is_set():
+            raise Cancelled(f"cancelled in chunk {self._made}, before it was done")
+
+    def _elapsed_ms(self) -> float:
+        return 1000 * (time.perf_counter() - self._started)
+
+
+def _embed(model: WanModel, rows: Tensor, image: Tensor | None = None) -> TextKV:
+    with torch.no_grad():
+        return model.embed_text(rows, image)
+
+
+def checked_text(prompt: object) -> str:
+    """A user's prompt; PromptError for what is no text, or empty."""
+    if not isinstance(prompt, str):
+        raise PromptError(f"prompt is {prompt!r}; expected text")
+    if not prompt.strip():
+        raise PromptError("the prompt is empty; say what the video shows, such as 'a red square bouncing'")
+    return prompt

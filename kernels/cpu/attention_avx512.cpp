@@ -1,0 +1,10 @@
+// AVX-512 without bf16 dot products: fp32 operands.
+#include "attention_impl.h"
+#include "attention_vectors_avx512.h"
+
+namespace dsa_rt::cpu {
+
+const AttentionKernels attention_avx512 = {attention_kernel<Float32Operands<Avx512>, float>,
+                                           attention_kernel<Float32Operands<Avx512>, BFloat16>};
+
+}  // namespace dsa_rt::cpu

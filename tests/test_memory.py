@@ -1,0 +1,251 @@
+"""What the planner promises against what is allocated, what it picks as the limit falls, and what it says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from live_bytes import LiveBytes
+from tiny import make_model
+from torch import Tensor
+
+from dsa_rt import load
+from dsa_rt.bundle import Part, open_bundle
+from dsa_rt.cli import main
+from dsa_rt.codec.wan_vae import WanVaeCodec, WanVaeConfig
+from dsa_rt.errors import MemoryLimitError, OptionError
+from dsa_rt.memory import MemoryPlan, choose, parse_bytes
+from dsa_rt.models.sizes import WAN_SIZES
+from dsa_rt.models.wan import Output, WanModel
+from dsa_rt.plan import TokenGrid
+from dsa_rt.planner import Run, Subject, plan_memory
+from dsa_rt.policy import HSA, StepPlan
+from dsa_rt.runtime import Runtime, find_bundle
+from dsa_rt.sampler import ode
+from dsa_rt.sampler.conditions import Conditions
+from dsa_rt.schedule import euler_sigmas
+from dsa_rt.sync import STORAGES, SyncCache, sync_caches
+
+PROMPT = "a red square bouncing"
+POLICY = "hsa:groups=0.3@12+0.7@3,window=0.5"
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[SyncCache]:
+    """The caches of the last run."""
+    seen: list[SyncCache] = []
+
+    def spy(*arguments: object) -> list[SyncCache]:
+        seen[:] = sync_caches(*arguments)  # type: ignore[arg-type]
+        return seen
+
+    monkeypatch.setattr(ode, "sync_caches", spy)
+    return seen
+
+
+def held(caches: list[SyncCache]) -> int:
+    """Bytes of all tensors that the caches hold, each once."""
+    tensors = [t for cache in caches for t in (*cache.scratch, *vars(cache.rows).values()) if isinstance(t, Tensor)]
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_planned_kv_is_what_is_allocated(
+    many_step: Runtime, made: list[SyncCache], storage: str, guidance: float
+) -> None:
+    generate = many_step.compile(policy=POLICY, kv_storage=storage, guidance_scale=guidance)
+    session = generate.session(PROMPT)
+    text = sum(t.nbytes for pair in session._text.layers for t in pair)
+    session.next_chunk()
+    branches = 1 if guidance == 1 else 2
+    taken = held(made) + branches * text
+    assert len(made) == branches and abs(generate.plan.kv_cache - taken) <= 0.05 * taken
+    assert generate.plan.storage == storage and generate.plan.host == 0
+    assert session.stats().settings["kv_storage"] == storage
+
+
+def test_every_part_counts(many_step: Runtime) -> None:
+    """Rows of extrapolation, text of both experts, and CLIP rows, against tensors of those sizes."""
+    held_plan, line = (many_step.compile(policy=p).plan for p in (POLICY, POLICY + ",update=extrapolated"))
+    assert line.velocities - held_plan.velocities == 54 * 16 * 4  # 54 tokens, 16 values of fp32
+    model = make_model(form="bidirectional", in_channels=11, image_dim=10)  # 4 mask and 4 condition channels
+    text = model.embed_text(torch.randn(1, 7, 20), torch.randn(1, 17, 10))
+    assert text.image_layers is not None
+    bytes_of_text = sum(t.nbytes for pairs in (text.layers, text.image_layers) for pair in pairs for t in pair)
+    clip = Part("clip-vision", {"image_size": 28, "patch_size": 7})
+    manifest = replace(many_step.manifest, image_conditioning="concat", image_encoder=clip)
+    subject = Subject(manifest, model.config, 1000, torch.float32, CPU)
+    run = Run(48, 32, 33, TokenGrid(3, 2), 9, 9, False, [StepPlan.dense(3, 54)])
+    alone, guided = (plan_memory(subject, replace(run, guided=guided), "model") for guided in (False, True))
+    assert alone.kv_cache == bytes_of_text and guided.kv_cache == 2 * bytes_of_text and alone.weights == 1000
+    two = plan_memory(replace(subject, manifest=replace(manifest, boundary=0.9)), run, "model")
+    assert two.kv_cache == 2 * bytes_of_text
+    assert sum(value for name, value in alone.to_dict().items() if name in vars(alone) and type(value) is int) == (
+        alone.total + alone.host
+    )
+
+
+class Nothing:
+    """A cache of no size."""
+
+    def arrange(self, order: Tensor) -> None:
+        pass
+
+
+@pytest.mark.parametrize("update", ["held", "extrapolated"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("extra", [0, 20])
+def test_rows_of_a_run_are_measured(
+    many_step: Runtime, monkeypatch: pytest.MonkeyPatch, update: str, guidance: float, extra: int
+) -> None:
+    """The peak of all tensors of a run whose generator takes no memory, and whose K/V are left out."""
+    monkeypatch.setattr(ode, "sync_caches", lambda *_: [Nothing(), Nothing()])
+    monkeypatch.setattr(
+        WanModel, "forward", lambda self, rows, *_: Output(torch.ones(1, rows.shape[1], self.config.velocity_dim), [])
+    )
+    model = make_model(form="bidirectional", in_channels=16 + extra, out_channels=16)
+    grid, policy = TokenGrid(6, 10), HSA(((0.3, 12), (0.7, 3)), 0.5, update=update)
+    plan = policy.plan(12, 1260, 60)
+    extras = Conditions(torch.ones(1, 1260, 4 * extra)) if extra else Conditions()
+    text = model.embed_text(torch.randn(1, 7, 20))
+    with LiveBytes() as live:
+        if extras.extra is not None:
+            live.add(extras.extra)
+        ode.solve(model, grid, range(21), text, None if guidance == 1 else text, euler_sigmas(12, 3.0), guidance, 0,
+                  lambda *_: None, lambda: None, plan=plan, conditions=extras)  # fmt: skip
+    subject = Subject(many_step.manifest, model.config, 0, torch.float32, CPU)
+    planned = plan_memory(subject, Run(96, 160, 81, grid, 21, 21, guidance != 1, [plan]), "model").velocities
+    assert live.peak <= 1.02 * planned <= 1.5 * live.peak, (live.peak, planned)
+
+
+@pytest.mark.parametrize("kind", ["wan2.1", "wan2.2-ti2v"])
+def test_the_codec_is_measured(many_step: Runtime, kind: str) -> None:
+    """Narrow codecs of the published proportions, decoding a clip and encoding one."""
+    residual = kind == "wan2.2-ti2v"
+    z, patch = (48, 2) if residual else (16, None)
+    colours = 12 if residual else 3
+    config = WanVaeConfig(
+        base_dim=20 if residual else 12, decoder_base_dim=32 if residual else None, z_dim=z, dim_mult=(1, 2, 4, 4),
+        num_res_blocks=2, temperal_downsample=(False, True, True), latents_mean=(0.0,) * z, latents_std=(1.0,) * z,
+        is_residual=residual, in_channels=colours, out_channels=colours, patch_size=patch,
+        scale_factor_spatial=8 * (patch or 1),
+    )  # fmt: skip
+    codec = WanVaeCodec(config).requires_grad_(False)
+    side = 64 // config.scale_factor_spatial
+    with LiveBytes() as live:
+        codec.decode(torch.randn(1, z, 2, side, side))
+        decoded, live.peak = live.peak, 0
+        codec.encode(torch.rand(1, 3, 5, 64, 64))
+    manifest = replace(many_step.manifest, codec=Part("wan-vae", codec.to_dict()), image_conditioning="first-frame")
+    subject = Subject(manifest, many_step.model.config, 0, torch.float32, CPU)
+    run = Run(64, 64, 5, TokenGrid(4, 4), 2, 2, True, [StepPlan.dense(3, 32)])
+    planned = plan_memory(subject, run, "model").decode
+    assert live.peak <= decoded <= planned <= 1.3 * decoded
+
+
+def test_near_the_run_in_the_dtype_of_the_model() -> None:
+    """The demo's weights: frames and latents of FP8 storage at 40 dB or more, of host storage bit for bit."""
+    runtime = load("demo-many-step", dtype="fp32")
+    videos = {}
+    for storage in STORAGES:
+        generate = runtime.compile(frames=9, policy=POLICY, kv_storage=storage)
+        video = generate("a red square bouncing, a blue circle at rest", 5)
+        assert not isinstance(video, list) and video.latents is not None
+        videos[storage] = (video.frames.double(), video.latents.double())
+    for exact, host, fp8, peak in zip(*(videos[s] for s in ("model", "host", "fp8")), (255.0, None), strict=True):
+        assert torch.equal(host, exact)
+        peak = peak or float(exact.max() - exact.min())
+        error = float((fp8 - exact).square().mean())
+        assert 0 < error <= peak**2 / 10**4, 10 * torch.log10(torch.tensor(peak**2 / error))
+
+
+def cuda_plans() -> list[MemoryPlan]:
+    """Wan 2.1 1.3B's sizes with 81 frames of 480 x 832, as the demo's manifest does not say."""
+    subject = Subject(open_bundle(find_bundle("demo-many-step")).manifest, WAN_SIZES["wan2.1-t2v-1.3b"], 15 * 10**9,
+                      torch.bfloat16, CUDA)  # fmt: skip
+    run = Run(480, 832, 81, TokenGrid(30, 52), 21, 21, True, [HSA().plan(40, 32760, 1560)])
+    return [plan_memory(subject, run, storage) for storage in STORAGES]
+
+
+def test_auto_takes_the_first_that_fits(many_step: Runtime) -> None:
+    """On a device with memory of its own "host" needs the least of it; on the CPU it never helps."""
+    model, fp8, host = plans = cuda_plans()
+    kept = 2 * 2 * 30 * 27518 * 1536 * 2  # K and V, both branches, 84% of the tokens, bf16
+    assert model.host == fp8.host == 0 and host.host == kept
+    assert model.total > fp8.total > host.total
+    assert model.total - host.total == kept - kept // 30
+    for limit, expected in ((model.total, "model"), (model.total - 1, "fp8"), (fp8.total, "fp8"),
+                            (fp8.total - 1, "host"), (host.total, "host")):  # fmt: skip
+        chosen = choose(plans, limit, CUDA, here=False)
+        assert chosen.storage == expected and chosen.total <= limit
+        assert ("model would take" in chosen.reason) == (expected != "model")
+        assert ("fp8 would take" in chosen.reason) == (expected == "host")
+        assert f"storage {expected} ({chosen.reason})" in chosen.table()
+    with pytest.raises(MemoryLimitError) as caught:
+        choose(plans, host.total - 1, CUDA, here=False)
+    numbers = [f"{plan.storage} {plan.total / 1e6:.1f} MB" for plan in plans]
+    bound = f"the memory limit is {(host.total - 1) / 1e6:.1f} MB"
+    for words in (*numbers, f"{host.host / 1e6:.1f} MB of host memory", bound):
+        assert words in str(caught.value)
+
+    compiled = {storage: many_step.compile(policy=POLICY, kv_storage=storage).plan for storage in STORAGES}
+    auto = many_step.compile(policy=POLICY, memory_limit=compiled["model"].total)
+    assert auto.plan == replace(compiled["model"], reason="it fits") and compiled["host"].total > auto.plan.total
+    less = many_step.compile(policy=POLICY, memory_limit=compiled["model"].total - 1)
+    assert less.plan.storage == "fp8" and "model would take" in less.plan.reason
+    fixed = many_step.compile(policy=POLICY, kv_storage="fp8")
+    assert torch.equal(less(PROMPT).latents, fixed(PROMPT).latents)  # type: ignore[union-attr]
+    with pytest.raises(MemoryLimitError, match=r"needs .* \(with K/V storage model .* fp8 .* host .*\), but the"):
+        many_step.compile(policy=POLICY, memory_limit=compiled["fp8"].total - 1)
+    with pytest.raises(MemoryLimitError, match=f"this needs {compiled['model'].total / 1e6:.1f} MB, but"):
+        many_step.compile(policy=POLICY, kv_storage="model", memory_limit=compiled["model"].total - 1)
+
+
+def test_what_is_free(many_step: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are loaded already: what is free need not hold them. Host memory counts apart."""
+    model, fp8, host = cuda_plans()
+    free = {"cuda": 10**15, "cpu": 10**15}
+    monkeypatch.setattr("dsa_rt.memory.free_memory", lambda device: free[device.type])
+    for plan, place, size in ((model, "cuda", model.total - model.weights), (host, "cpu", host.host)):
+        free[place] = size
+        assert plan.shortage(None, CUDA) is None
+        free[place] = size - 1
+        assert f"{(size - 1) / 1e6:.1f} MB" in (plan.shortage(None, CUDA) or "")
+        free[place] = 10**15
+    free["cuda"] = fp8.total - fp8.weights - 1
+    assert choose([model, fp8, host], None, CUDA).storage == "host"
+    free["cpu"] = host.host - 1
+    with pytest.raises(MemoryLimitError, match="the free host memory is"):
+        choose([model, fp8, host], None, CUDA)
+
+
+def test_storage_that_would_mean_nothing(causal: Runtime, many_step: Runtime) -> None:
+    for runtime, policy in ((causal, "dense"), (many_step, "dense"), (many_step, "hsa:groups=1@2,window=0.5,steps=8")):
+        assert runtime.compile(policy=policy, kv_storage="model").plan.storage == "model"
+        with pytest.raises(OptionError, match="kv_storage='fp8' is for runs that keep K/V from step to step"):
+            runtime.compile(policy=policy, kv_storage="fp8")
+    with pytest.raises(OptionError, match="kv_storage is 'disk'; expected 'auto', 'model', 'fp8', 'host'"):
+        many_step.compile(policy=POLICY, kv_storage="disk")
+
+
+def test_inspect_shows_the_plan(many_step: Runtime, capfd: pytest.CaptureFixture[str]) -> None:
+    """The plan of a bundle that is not loaded is that of the compiled function."""
+    path = str(many_step.bundle.path)
+    expected = many_step.compile(policy=POLICY, memory_limit="1GB").plan
+    asked = ["inspect", path, "--policy", POLICY, "--dtype", "fp32"]
+    assert main([*asked, "--memory-limit", "1GB", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["plan"]["memory"] == expected.to_dict()
+    assert main([*asked, "--memory-limit", str(expected.total - 1)]) == 0
+    shown = capfd.readouterr().out
+    assert "memory on cpu in float32" in shown and "K/V storage fp8 (model would take" in shown
+    assert main([*asked, "--device", "cuda", "--kv-storage", "host"]) == 0
+    assert "host memory" in capfd.readouterr().out
+    assert main([*asked, "--memory-limit", "1kB"]) == 5
+    assert "with K/V storage model" in capfd.readouterr().err
+    assert main(["inspect", path, "--memory-limit", "1GB"]) == 2
+    assert "--memory-limit belongs to a run" in capfd.readouterr().err
+    assert parse_bytes("1.5 GiB") == 3 * 2**29

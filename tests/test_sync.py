@@ -1,0 +1,241 @@
+"""The synchronized K/V cache against a dictionary of tokens, in plans and storage of any kind; FP8 and host rows."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsa_rt.errors import OptionError
+from dsa_rt.kv_rows import BLOCK, Float8Rows, HostRows
+from dsa_rt.plan import ActiveSet
+from dsa_rt.policy import HSA, StepPlan
+from dsa_rt.sync import STORAGES, SyncCache, sync_bytes, sync_caches, sync_host_bytes
+
+LAYERS, HEADS, HEAD_DIM = 3, 2, 5
+
+
+def random_plan(draw: random.Random) -> StepPlan:
+    steps = draw.choice([8, 12, 20])
+    budgets = draw.sample([n for n in range(1, steps) if steps % n == 0], draw.randint(1, 3))
+    shares = [draw.randint(5, 30) for _ in budgets]
+    groups = ((100 - sum(shares)) / 100, steps), *((s / 100, b) for s, b in zip(shares, budgets, strict=True))
+    window = draw.choice([0.3, 0.5, 0.77, 1.0])
+    selection = "dynamic" if window <= 0.5 and draw.random() < 0.6 else "random"
+    policy = HSA(groups, window=window, selection=selection)
+    full = tuple(draw.sample(range(steps), draw.randint(0, 2)))
+    return policy.plan(steps, draw.randint(15, 150), 3, fixed=draw.choice([0, 0, 4]), full=full)
+
+
+def active_set(tokens: Tensor, parts: tuple[range, ...]) -> ActiveSet:
+    return ActiveSet(tokens, tokens, tokens, tokens, parts=parts)
+
+
+def make_caches(plan: StepPlan, branches: int, storage: str = "model") -> list[SyncCache]:
+    """Everything that is allocated starts as NaN, so that a row read before it was written shows."""
+    caches = sync_caches(plan, branches, LAYERS, HEADS, HEAD_DIM, torch.float32, storage=storage)
+    for cache in caches:
+        for tensor in (*cache.scratch, *vars(cache.rows).values()):
+            if isinstance(tensor, Tensor):
+                tensor.copy_(torch.full_like(tensor, torch.nan, dtype=torch.float32))
+    return caches
+
+
+class Late:
+    """Copies beside the computation, as late as they may be: those up to the one that somebody waits for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[tuple[Tensor, Tensor], ...]] = []
+        self.done = 0
+
+    def start(self, *pairs: tuple[Tensor, Tensor]) -> int:
+        self.asked.append(pairs)
+        return len(self.asked)
+
+    def wait(self, copy: int | None) -> None:
+        while self.done < (copy or 0):
+            for to, source in self.asked[self.done]:
+                to.copy_(source)
+            self.done += 1
+
+
+@pytest.mark.parametrize("storage", [*STORAGES, "host, late"])
+@pytest.mark.parametrize("trial", range(12))
+def test_against_a_dictionary(trial: int, storage: str) -> None:
+    """Two branches, each of whose tokens have the K and V that they were last computed with, whatever the plan."""
+    draw = random.Random(trial)
+    plan = random_plan(draw)
+    branches = make_caches(plan, 2, storage.split(",")[0])
+    for cache in branches if storage == "host, late" else []:
+        cache.rows.copies = Late()  # type: ignore[attr-defined]
+    held: list[dict[tuple[int, int], tuple[Tensor, Tensor]]] = [{}, {}]
+    order: Tensor | None = None
+    own = torch.arange(plan.tokens)
+    partial = 0
+
+    def choose() -> Tensor:
+        chosen = torch.randperm(plan.tokens)  # who is where makes no difference to a cache
+        for cache in branches:
+            cache.arrange(chosen)
+        return chosen
+
+    if not plan.scoring:
+        order = choose()
+    for step in range(plan.steps):
+        kept = plan.is_partial(step) or plan.keeps(step)
+        if plan.counts[step] and (kept or not plan.is_full(step)):
+            groups = [part for group, part in plan.layout if plan.is_full(step) or group in plan.active[step]]
+            tokens = own if order is None else torch.cat([order[p.start : p.stop] for p in groups])
+            active = active_set(tokens, () if order is None else tuple(groups))
+            seen = own if order is None else order
+            for number, cache in enumerate(branches):
+                for layer in range(LAYERS):
+                    k, v = torch.randn(2, 1, len(tokens), HEADS, HEAD_DIM).unbind(0)
+                    attended = cache.update(layer, k, v, active)
+                    for row, token in enumerate(tokens.tolist()):
+                        held[number][layer, token] = k[:, row].clone(), v[:, row].clone()
+                    for index in (0, 1):
+                        expected = torch.stack([held[number][layer, t][index] for t in seen.tolist()], 1)
+                        assert attended[index].shape == expected.shape and attended[index].is_contiguous()
+                        if storage != "fp8":
+                            assert torch.equal(attended[index], expected)
+                        else:
+                            assert (attended[index] - expected).abs().max() <= 2 * expected.abs().max() / 16
+                        fresh = torch.isin(seen, tokens)
+                        assert torch.equal(attended[index][:, fresh], expected[:, fresh])
+            partial += plan.is_partial(step)
+        if plan.scoring and step == plan.scoring[-1]:
+            order = choose()
+    assert partial or not branches
+
+
+def test_a_full_pass_attends_to_what_it_brings() -> None:
+    plan = HSA(((0.5, 8), (0.5, 2)), selection="random").plan(8, 20, 5)
+    (cache,) = make_caches(plan, 1)
+    k, v = torch.randn(2, 1, 20, HEADS, HEAD_DIM).unbind(0)
+    attended = cache.update(0, k, v, active_set(torch.arange(20), tuple(part for _, part in plan.layout)))
+    assert attended[0] is k and attended[1] is v
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_bytes_are_what_is_allocated(storage: str) -> None:
+    for trial in range(20):
+        plan = random_plan(random.Random(trial))
+        for dtype in (torch.float32, torch.bfloat16):
+            for branches in (1, 2):
+                caches = sync_caches(plan, branches, LAYERS, HEADS, HEAD_DIM, dtype, storage=storage)
+                held = [t for cache in caches for t in vars(cache.rows).values() if isinstance(t, Tensor)]
+                assert sum(t.nbytes for t in held) == sum(cache.rows.nbytes for cache in caches)
+                held += caches[0].scratch if caches else []
+                sizes = (plan, branches, LAYERS, HEADS, HEAD_DIM, dtype, storage)
+                assert sync_bytes(*sizes) == sum(t.nbytes for t in held) and sync_host_bytes(*sizes) == 0
+                beside = sum(t.nbytes for cache in caches for t in vars(cache.rows).values()
+                             if isinstance(t, Tensor) and t.ndim == 5) if storage == "host" else 0  # fmt: skip
+                assert sync_host_bytes(*sizes, "cuda") == beside
+                assert sync_bytes(*sizes, "cuda") == sync_bytes(*sizes) - beside
+                assert len({cache.scratch[0].data_ptr() for cache in caches}) <= 1  # one for all branches
+
+
+def test_only_what_some_step_skips_is_stored() -> None:
+    """hsa-50: all but the baseline; window only and dense: nothing."""
+    plan = HSA().plan(40, 1000, 10)
+    bf16 = sync_bytes(plan, 2, 30, 12, 128, torch.bfloat16)
+    assert bf16 == 2 * 2 * 30 * 840 * 1536 * 2 + 2 * 1000 * 1536 * 2
+    assert sync_bytes(plan, 2, 30, 12, 128, torch.bfloat16, "fp8") < 0.52 * bf16
+    for policy in (HSA(((1, 10),)), HSA(((1, 40),))):
+        assert sync_bytes(policy.plan(40, 1000, 10), 2, 30, 12, 128, torch.bfloat16) == 0
+        assert sync_caches(policy.plan(40, 1000, 10), 2, 30, 12, 128, torch.bfloat16) == []
+
+
+@pytest.mark.parametrize("lengths", [(1,), (64,), (65, 63), (130, 1, 200)])
+def test_fp8_error_by_head_and_block(lengths: tuple[int, ...]) -> None:
+    """E4M3 keeps 3 bits of the fraction: 1/16 of a value, or 2^-10 of its block's scale for what is tiny beside it.
+
+    Heads and blocks differ by orders of magnitude, so that a scale shared too widely would show; writing a part leaves
+    the others as they were."""
+    rows = Float8Rows(1, 1, sum(lengths), HEADS, HEAD_DIM, len(lengths))
+    rows.arrange(lengths)
+    parts = []
+    for length in lengths:
+        size = 10.0 ** torch.randint(-6, 6, (1, -(-length // BLOCK), HEADS, 1)).repeat_interleave(BLOCK, 1)[:, :length]
+        parts.append([size * torch.randn(1, length, HEADS, HEAD_DIM) for _ in range(2)])
+    for part in random.Random(len(lengths)).sample(range(len(lengths)), len(lengths)):
+        rows.write(0, part, *parts[part])
+    for number, expected in enumerate(parts):
+        k, v = (torch.full_like(t, torch.nan) for t in expected)
+        rows.read_into(0, number, k, v)
+        for got, wanted in zip((k, v), expected, strict=True):
+            blocks = [slice(i, i + BLOCK) for i in range(0, wanted.shape[1], BLOCK)]
+            amax = torch.cat([wanted[:, b].abs().amax((1, 3), keepdim=True).expand_as(wanted[:, b]) for b in blocks], 1)
+            assert ((got - wanted).abs() <= wanted.abs() / 16 + amax / 448 / 1024 * 1.01).all()
+    zeros = torch.zeros(1, lengths[0], HEADS, HEAD_DIM)
+    rows.write(0, 0, zeros, zeros)
+    rows.read_into(0, 0, k := torch.ones_like(zeros), v := torch.ones_like(zeros))
+    assert not k.any() and not v.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fp8_in_narrow_dtypes(dtype: torch.dtype) -> None:
+    """One rounding each way: to E4M3 of the value over its scale, and of their product to the dtype."""
+    rows = Float8Rows(1, 1, 70, HEADS, HEAD_DIM, 1)
+    rows.arrange([70])
+    given = (30 * torch.randn(2, 1, 70, HEADS, HEAD_DIM)).to(dtype)
+    rows.write(0, 0, *given)
+    got = torch.full_like(given, torch.nan)
+    rows.read_into(0, 0, *got)
+    for k, out in zip(given, got, strict=True):
+        for block in (slice(0, 64), slice(64, 70)):
+            for head in range(HEADS):
+                wide = k[0, block, head].float()
+                scale = wide.abs().max() / 448
+                stored = (wide / scale).to(torch.float8_e4m3fn).float()
+                assert torch.equal(out[0, block, head], (stored * scale).to(dtype))
+
+
+def test_host_rows_are_fetched_one_layer_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next layer's rows set out before a layer attends; after the last layer the first one's, for the next pass.
+    A pass that brings all rows fetches none, and what was fetched before it counts no more."""
+    plan = HSA(((0.3, 12), (0.3, 6), (0.4, 3)), window=1.0, selection="random").plan(12, 30, 5)
+    (cache,) = sync_caches(plan, 1, LAYERS, HEADS, HEAD_DIM, torch.float32, storage="host")
+    cache.rows.copies = Late()  # type: ignore[attr-defined]
+    events: list[tuple[str, int, int]] = []
+    fetch = HostRows.fetch
+
+    def record(self: HostRows, layer: int, part: int) -> None:
+        events.append(("fetch", layer, part))
+        fetch(self, layer, part)
+
+    monkeypatch.setattr(HostRows, "fetch", record)
+    parts = dict(plan.layout)
+    stored: dict[tuple[int, int], Tensor] = {}
+
+    def run(*groups: int) -> list[tuple[str, int, int]]:
+        events.clear()
+        here = [part for group, part in plan.layout if group in groups]
+        rows = torch.cat([torch.arange(part.start, part.stop) for part in here])
+        for layer in range(LAYERS):
+            k, v = torch.randn(2, 1, len(rows), HEADS, HEAD_DIM).unbind(0)
+            stored.update({(layer, row): k[:, number] for number, row in enumerate(rows.tolist())})
+            attended, _ = cache.update(layer, k, v, active_set(rows, tuple(here)))
+            assert torch.equal(attended, torch.stack([stored[layer, row] for row in range(30)], 1))
+            events.append(("attend", layer, -1))
+        return list(events)
+
+    def attends(*before: list[tuple[int, int]]) -> list[tuple[str, int, int]]:
+        return [event for layer, fetched in enumerate(before)
+                for event in [*(("fetch", *at) for at in fetched), ("attend", layer, -1)]]  # fmt: skip
+
+    assert [*parts] == [2, 1, 0]  # rows of group 2 are part 0 of the storage, those of group 1 part 1
+    assert run(0, 1, 2) == attends([], [], [])
+    assert run(0) == attends([(0, 0), (1, 0), (0, 1), (1, 1)], [(2, 0), (2, 1)], [(0, 0), (0, 1)])
+    assert run(0, 1) == attends([(1, 0)], [(2, 0)], [(0, 0)])
+    assert run(0) == attends([(1, 0), (0, 1), (1, 1)], [(2, 0), (2, 1)], [(0, 0), (0, 1)])
+    assert run(0, 1, 2) == attends([], [], [])
+
+
+def test_storage_that_is_unknown() -> None:
+    plan = HSA().plan(40, 100, 10)
+    with pytest.raises(OptionError, match="storage is 'disk'; expected one of model, fp8, host"):
+        sync_caches(plan, 1, 1, 1, 8, torch.float32, storage="disk")
