@@ -36,9 +36,9 @@ LEAST_WHOLE = 0.4  # colour: less than that is a remnant, not the object
 MOST_ELSEWHERE = 0.4  # colour: more of the colour than that in other places is a second object
 STEADY_AREA = (0.7, 1.4)  # shape: outside of that the object has shrunk or swollen
 
-# Lengths in pixels of a 64 x 64 frame, angles in degrees. Measured on the world's own clips, softened too:
-# still 0.4 at most; drift 29 to 42; bounce height 32 to 48 with 2 turning points or more, 7 a frame at most;
-# spin 150 or more. The limits lie well between what they tell apart; what lies between two is neither.
+# Lengths in pixels of a 64 x 64 frame, angles in degrees. In the world's own clips
+# (world.py): still 0; drift 28; bounce 32 high with 2 turning points or more, 4.6 a frame at most; spin 190 or more.
+# The limits lie well between what they tell apart; what lies between two is neither.
 STILL = 4.0
 STILL_ANGLE = 30.0
 DRIFT = 15.0

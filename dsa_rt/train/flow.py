@@ -1,9 +1,9 @@
 """Stage (b): the bidirectional many-step generator, trained by flow matching, with its text encoder.
 
 Loss: mean squared error of the velocity ``noise - x0`` at levels drawn uniformly under the timestep shift. One prompt
-in ten is replaced by the empty one, so that guidance has an unconditional branch. The first part of the budget, and
-every second step after it, trains on the first latent frames of the clips alone (several times cheaper), the rest on
-whole clips.
+in ten is replaced by the empty one, so that guidance has an unconditional branch. The first part of the budget
+trains on the first latent frames of the clips alone (cheaper), the rest on whole clips; weights that are trained on see
+whole clips from the start.
 """
 
 from __future__ import annotations

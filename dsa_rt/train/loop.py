@@ -124,7 +124,7 @@ class EMA:
 class Muon(torch.optim.Optimizer):
     """``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` with all matrices of one shape in one batched product.
 
-    On a CPU that is a quarter of the time: a third of the training step of the demo otherwise.
+    On two CPU cores an update of the demo takes 50 ms in place of 124, of a training step of half a second.
     """
 
     def __init__(self, matrices: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
