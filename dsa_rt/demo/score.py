@@ -37,7 +37,7 @@ MOST_ELSEWHERE = 0.4  # colour: more of the colour than that in other places is 
 STEADY_AREA = (0.7, 1.4)  # shape: outside of that the object has shrunk or swollen
 
 # Lengths in pixels of a 64 x 64 frame, angles in degrees. In the world's own clips
-# (world.py): still 0; drift 28; bounce 32 high with 2 turning points or more, 4.6 a frame at most; spin 190 or more.
+# (world.py): still 0; drift 28; bounce 32 high with 2 turning points or more, 4.6 a frame at most; spin 100 or more.
 # The limits lie well between what they tell apart; what lies between two is neither.
 STILL = 4.0
 STILL_ANGLE = 30.0
