@@ -28,11 +28,12 @@ py::dict build_info() {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of dsa_rt; use them through dsa_rt.ops.";
   py::module_::import("torch");  // first, or a second OpenMP runtime could enter the process
-  dsa_rt::register_errors();
+  dsa_rt::register_errors(m);
   m.def("build_info", build_info,
         "compiler; instruction_sets that run here, best first; amx_bf16: whether the processor has that matrix unit, "
         "which no kernel here uses; threads: 'openmp' (PyTorch's own team) or 'threads'; cuda: architectures compiled "
         "for, '' without CUDA.");
   dsa_rt::bind_step(m);
   dsa_rt::bind_attention(m);
+  dsa_rt::bind_layers(m);
 }

@@ -9,6 +9,11 @@ from typing import TypedDict
 
 from torch import Tensor
 
+from dsa_rt.errors import OptionError
+
+class Unserved(OptionError):
+    """The arguments are good, but the module has no kernel that takes them."""
+
 class BuildInfo(TypedDict):
     compiler: str
     instruction_sets: list[str]
@@ -82,8 +87,103 @@ def active_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    segments: Tensor | None = None,
     threads: int = 1,
     instruction_set: str = "",
     stream: int = 0,
 ) -> None: ...
-def check_active_attention(out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> None: ...
+def check_active_attention(
+    out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = None
+) -> None: ...
+def norm_modulate(
+    out: Tensor,
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    rows: Tensor | None,
+    eps: float,
+    threads: int = 1,
+    instruction_set: str = "",
+    stream: int = 0,
+) -> None: ...
+def check_norm_modulate(
+    out: Tensor, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float
+) -> None: ...
+def residual_norm_modulate(
+    sum: Tensor,
+    out: Tensor,
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    rows: Tensor | None,
+    eps: float,
+    threads: int = 1,
+    instruction_set: str = "",
+    stream: int = 0,
+) -> None: ...
+def check_residual_norm_modulate(
+    sum: Tensor,
+    out: Tensor,
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    rows: Tensor | None,
+    eps: float,
+) -> None: ...
+def qk_norm_rope_store(
+    q_out: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor | None,
+    eps: float,
+    threads: int = 1,
+    instruction_set: str = "",
+    stream: int = 0,
+) -> None: ...
+def check_qk_norm_rope_store(
+    q_out: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor | None,
+    eps: float,
+) -> None: ...
+def gather_rows(
+    out: Tensor, x: Tensor, rows: Tensor, threads: int = 1, instruction_set: str = "", stream: int = 0
+) -> None: ...
+def check_gather_rows(out: Tensor, x: Tensor, rows: Tensor) -> None: ...
+def scatter_rows(
+    x: Tensor, rows: Tensor, src: Tensor, threads: int = 1, instruction_set: str = "", stream: int = 0
+) -> None: ...
+def check_scatter_rows(x: Tensor, rows: Tensor, src: Tensor) -> None: ...
+def confidence_pool(
+    out: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    key_weight: Tensor,
+    tokens: Tensor,
+    eps: float,
+    threads: int = 1,
+    instruction_set: str = "",
+    stream: int = 0,
+) -> None: ...
+def check_confidence_pool(
+    out: Tensor, query: Tensor, keys: Tensor, key_weight: Tensor, tokens: Tensor, eps: float
+) -> None: ...

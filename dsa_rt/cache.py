@@ -78,27 +78,33 @@ class KVCache:
         in_ring = min(max(frames_seen - self._first, 0), self.window - self.sink)
         return (min(frames_seen, self.sink) + in_ring) * self.tokens_per_frame
 
-    def update(self, layer: int, k: Tensor, v: Tensor, active: ActiveSet) -> tuple[Tensor, Tensor]:
-        """Write k, v [B, A, H, D] into the rows of the active set; returns the attended K and V [B, valid, H, D].
-
-        Where a gradient is wanted the buffer stays as it is and the fresh rows replace theirs in a copy: earlier
-        chunks are constants of the graph, as in Self-Forcing training.
-        """
+    def destination(self, layer: int, active: ActiveSet) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Where the active rows of a layer go: K and V [B, N, H, D] and the row in them of each token, None for rows 0
+        to A - 1."""
         assert active.slots is not None
-        if k.requires_grad:
-            held_k, held_v = self.k[layer, :, : active.valid], self.v[layer, :, : active.valid]
-            return (
-                held_k.to(k.dtype).index_copy(1, active.slots, k),
-                held_v.to(v.dtype).index_copy(1, active.slots, v),
-            )
-        if active.slot_range is not None:
-            start, stop = active.slot_range
-            self.k[layer, :, start:stop] = k
-            self.v[layer, :, start:stop] = v
-        else:
-            self.k[layer].index_copy_(1, active.slots, k.to(self.k.dtype))
-            self.v[layer].index_copy_(1, active.slots, v.to(self.v.dtype))
+        return destination(self.k[layer], self.v[layer], active)
+
+    def attended(self, layer: int, active: ActiveSet) -> tuple[Tensor, Tensor]:
+        """K and V [B, valid, H, D], once the active rows are written."""
         return self.k[layer, :, : active.valid], self.v[layer, :, : active.valid]
+
+    def update(self, layer: int, k: Tensor, v: Tensor, active: ActiveSet) -> tuple[Tensor, Tensor]:
+        """The attended K and V [B, valid, H, D] with k, v [B, A, H, D] in place of the active rows, in a copy: the
+        buffer stays as it is, and earlier chunks are constants of the graph, as in Self-Forcing training."""
+        assert active.slots is not None
+        held_k, held_v = self.attended(layer, active)
+        return (
+            held_k.to(k.dtype).index_copy(1, active.slots, k),
+            held_v.to(v.dtype).index_copy(1, active.slots, v),
+        )
+
+
+def destination(k: Tensor, v: Tensor, active: ActiveSet) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``k``, ``v`` [B, N, H, D] and the active rows' slots in them, or where these are consecutive just those rows."""
+    if active.slot_range is None:
+        return k, v, active.slots
+    start, stop = active.slot_range
+    return k[:, start:stop], v[:, start:stop], None
 
 
 @dataclass(eq=False)

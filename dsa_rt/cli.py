@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--policy",
         help="dsa, dsa-paper, dsa:calls=24, dsa:fps=16, dense, fixed-2, fixed-4-then-1, …; for many-step bundles "
-        "hsa-50, hsa-75a, hsa-25:update=extrapolated, … "
+        "hsa-50, hsa-75a, window-55, hsa-25:update=extrapolated, … "
         "(default: dsa where the bundle has a confidence head, else dense)",
     )
     what.add_argument(
@@ -178,6 +178,9 @@ def _parser() -> argparse.ArgumentParser:
         what.add_argument(f"--{name}", type=int, metavar="N", help=f"{meaning} (default: the bundle's)")
     what.add_argument(
         "--guidance-scale", type=float, metavar="X", help="for many-step bundles (default: the bundle's)"
+    )
+    what.add_argument(
+        "--guidance-scale-2", type=float, metavar="X", help="of the second of two experts (default: as the first)"
     )
     how = make.add_argument_group("how")
     how.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
@@ -233,7 +236,7 @@ def _add_export(make: argparse.ArgumentParser) -> None:
     )
     files.add_argument("--decoder", metavar="FILE", help="a tiny decoder (TAEHV) in place of the video codec")
     files.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), help="of all weights (default: what each part has)"
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="of all weights (default: what each tensor has)"
     )
     files.add_argument(
         "--weights", choices=("ema", "raw"), help="which generator of a .pt file (default: ema if it is there)"

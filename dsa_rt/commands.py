@@ -64,6 +64,7 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
             sink=options.sink,
             steps=options.steps,
             guidance_scale=options.guidance_scale,
+            guidance_scale_2=options.guidance_scale_2,
             memory_limit=options.memory_limit,
             kv_storage=options.kv_storage,
             on_event=bar,

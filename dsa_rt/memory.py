@@ -25,7 +25,8 @@ class MemoryPlan:
     conditions, and cached and fresh velocities.
 
     host: bytes of page-locked host memory beside a CUDA device. storage: of K/V between steps, one of
-    :data:`dsa_rt.sync.STORAGES`; reason: why that one, where the planner chose.
+    :data:`dsa_rt.sync.STORAGES`; reason: why that one, where the planner chose. live: the most of all parts but the
+    weights that is there at one time: a many-step run, for one, has let go of its K/V when it decodes. None: all.
     """
 
     weights: int
@@ -37,9 +38,13 @@ class MemoryPlan:
     host: int = 0
     storage: str = "model"
     reason: str = ""
+    live: int | None = None
 
     @property
     def total(self) -> int:
+        """What the run takes at its peak."""
+        if self.live is not None:
+            return self.weights + self.live
         return self.weights + self.kv_cache + self.activations + self.decode + self.output + self.velocities
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,7 +55,7 @@ class MemoryPlan:
         """One line per part, for people."""
         parts = {"weights": self.weights, "K/V cache": self.kv_cache, "velocities": self.velocities,
                  "activations": self.activations, "decode": self.decode, "output": self.output}  # fmt: skip
-        parts = {name: size for name, size in parts.items() if size or name != "velocities"} | {"total": self.total}
+        parts = {name: size for name, size in parts.items() if size or name != "velocities"} | {"peak": self.total}
         lines = [f"{name:<12}{size / 1e6:10.1f} MB" for name, size in parts.items()]
         if self.host:
             lines.append(f"{'host memory':<12}{self.host / 1e6:10.1f} MB")

@@ -9,13 +9,21 @@ from typing import Any
 import torch
 
 from dsa_rt.bundle import Bundle, Manifest
+from dsa_rt.bundle.strict import parse
 from dsa_rt.cache import cache_bytes
+from dsa_rt.codec.conv import ConvCodecConfig
+from dsa_rt.codec.tiny import TinyConfig
+from dsa_rt.codec.wan_vae import WanVaeConfig
 from dsa_rt.errors import OptionError
 from dsa_rt.memory import MemoryPlan
 from dsa_rt.models.wan import WanConfig
 from dsa_rt.plan import TokenGrid
 from dsa_rt.policy import StepPlan
 from dsa_rt.sync import STORAGES, sync_bytes, sync_host_bytes
+
+_CODECS: Mapping[str, type[ConvCodecConfig] | type[TinyConfig] | type[WanVaeConfig]] = {
+    "conv": ConvCodecConfig, "taehv": TinyConfig, "wan-vae": WanVaeConfig,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,32 +84,61 @@ def storages(asked: str, run: Run, policy: str) -> tuple[str, ...]:
 
 
 def plan_memory(subject: Subject, run: Run, storage: str) -> MemoryPlan:
-    """Everything that is live at once, part by part; see :class:`MemoryPlan`."""
-    model, dtype = subject.model, subject.dtype
-    sizes = (run.branches, model.layers, model.heads, model.head_dim, dtype, storage, subject.device)
+    """The parts of a run, and the most that is live at once; see :class:`MemoryPlan`.
+
+    K/V, velocities and output are exact. Activations and decoding are bounds, counted on small models.
+    """
+    model, manifest = subject.model, subject.manifest
+    sizes = (run.branches, model.layers, model.heads, model.head_dim, subject.dtype, storage, subject.device)
+    text, activations, velocities = _prompt_bytes(subject, run), _activation_bytes(subject, run), _row_bytes(model, run)
+    decode, carried = _decode_bytes(subject, run)
+    cells = (1 + run.frames // manifest.latent.temporal) * run.height * run.width // manifest.latent.spatial**2
+    latents = 4 * manifest.latent.channels * cells
+    output = run.frames * run.height * run.width * 3 + latents
     host = 0
-    if run.plans:
-        kv = max(sync_bytes(plan, *sizes) for plan in run.plans)
+    if run.plans:  # made whole, then decoded
+        kv = text + max(sync_bytes(plan, *sizes) for plan in run.plans)
         host = max(sync_host_bytes(plan, *sizes) for plan in run.plans)
-    else:
-        kv = cache_bytes(model.layers, 1, run.window, run.grid.tokens, model.dim, dtype)
+        kept = text // (run.branches * _experts(manifest)) + 4 * run.plans[0].tokens * model.patch_dim + latents
+        live = max(kv + velocities + activations, kept + decode)
+    else:  # chunk by chunk, which then are joined
+        kv = text + cache_bytes(model.layers, 1, run.window, run.grid.tokens, model.dim, subject.dtype)
+        live = output + max(kv + max(carried + activations, decode), text + carried + output)
+    return MemoryPlan(subject.weights, kv, activations, decode, output, velocities, host, storage, live=live)
+
+
+def _activation_bytes(subject: Subject, run: Run) -> int:
+    """The larger of two moments in a block, for each row of a full pass. Around self-attention: residual, normed row,
+    q, k, v, and four fp32 rows while PyTorch norms and turns q and k (a kernel needs none of these). In the
+    feed-forward network: residual, normed row, output of cross-attention, and the wide row before and after its GELU.
+
+    Beside them tables of modulation, the rows that a confidence head reads (of this pass and of the one before) and, of
+    an autoregressive run, noise and clean rows. PyTorch's own attention may add scores of up to 67 MB on a CPU.
+    """
+    model, size = subject.model, subject.dtype.itemsize
+    row = max(model.dim * (5 * size + 16), (3 * model.dim + 2 * model.ffn_dim) * size)
+    head = subject.manifest.confidence_head
+    row += 2 * model.dim * size * (0 if head is None else len(head["taps"]))
     tokens = run.chunk * run.grid.tokens
-    # Residual, normed row, q, k, v and attention output in dtype, norms in fp32, and the wide feed-forward row.
-    row = 6 * model.dim * dtype.itemsize + 4 * model.dim * 4 + 2 * model.ffn_dim * dtype.itemsize
-    latent = subject.manifest.latent
-    latents = (1 + run.frames // latent.temporal) * run.height * run.width // latent.spatial**2 * latent.channels * 4
-    return MemoryPlan(
-        subject.weights, kv + _prompt_bytes(subject, run), tokens * row, _codec_bytes(subject, run),
-        run.frames * run.height * run.width * 3 + latents, _row_bytes(model, run), host, storage,
-    )  # fmt: skip
+    if run.plans:
+        return tokens * row + 2 * _TABLES * model.dim
+    kept = run.window * run.grid.tokens
+    return tokens * row + run.chunk * _TABLES * model.dim + 4 * (4 * tokens + kept) * model.patch_dim
+
+
+_TABLES = 4 * (3 * 6 + 2)  # bytes of modulation for each channel and row of timesteps: step, layer, their sum, norms
 
 
 def _prompt_bytes(subject: Subject, run: Run) -> int:
     """Cross-attention K/V of text and CLIP rows, for each branch of guidance and each expert."""
     model = subject.model
     rows = model.text_length + _image_rows(subject.manifest)
-    experts = 1 if subject.manifest.boundary is None else 2
-    return 2 * model.layers * rows * model.dim * subject.dtype.itemsize * run.branches * experts
+    each = 2 * model.layers * rows * model.dim * subject.dtype.itemsize
+    return each * run.branches * _experts(subject.manifest)
+
+
+def _experts(manifest: Manifest) -> int:
+    return 1 if manifest.boundary is None else 2
 
 
 def _image_rows(manifest: Manifest) -> int:
@@ -127,22 +164,23 @@ def _row_bytes(model: WanConfig, run: Run) -> int:
     return 4 * run.plans[0].tokens * (kept + fresh + given + sets * model.head_dim)
 
 
-def _codec_bytes(subject: Subject, run: Run) -> int:
-    """Pixels of a chunk as the decoder has them, in fp32 and as bytes, and features at the resolution of pixels. An
-    image is encoded with the rest of its clip in grey."""
-    size, pixels = subject.dtype.itemsize, run.height * run.width
-    frames = run.chunk * subject.manifest.latent.temporal
-    conditioned = subject.manifest.image_conditioning != "none"
-    working = max(frames * 3 * (size + 4 + 1), run.frames * 3 * (size + 4) if conditioned else 0)
-    return pixels * (working + _feature_bytes(subject.manifest, size))
+def _decode_bytes(subject: Subject, run: Run) -> tuple[int, int]:
+    """Working set of the codec, and what of it the decoder carries on to the next chunk: at most half of its features.
 
-
-def _feature_bytes(manifest: Manifest, size: int) -> int:
-    """Of a pixel, while one latent frame is decoded or encoded."""
-    if manifest.codec is None or manifest.codec.kind != "wan-vae":
-        return 64 * size
-    # What both published codecs were measured to hold at their peak, in rows as wide as their last stage: four frames
-    # in several tensors, and the two frames that each of its convolutions carries.
-    sizes: Mapping[str, Any] = manifest.codec.config
-    width, patch = int(sizes.get("decoder_base_dim") or sizes["base_dim"]), int(sizes.get("patch_size") or 1)
-    return -(-(80 if sizes.get("is_residual") else 48) * width * size // patch**2)
+    All pixels of a chunk beside the features of its last latent frame; then all pixels twice (joined; a third time
+    where the codec unfolds them), or in dtype, in fp32 and as bytes. Encoding of an image with the rest of its clip in
+    grey, in fp32 and in dtype, takes fewer features.
+    """
+    codec, size = subject.manifest.codec, subject.dtype.itemsize
+    kind = None if codec is None else _CODECS.get(codec.kind)
+    features, folded = 0, False
+    if codec is not None and kind is not None:
+        config = parse(kind, codec.config, "manifest.json: codec: config")
+        features = config.decode_bytes(run.height, run.width, subject.dtype)
+        folded = isinstance(config, WanVaeConfig) and config.patch_size is not None
+    frame = 3 * run.height * run.width
+    video = frame * min(run.frames, run.chunk * subject.manifest.latent.temporal)
+    copies = max((3 if folded else 2) * size, 5 + (size if size < 4 else 0))
+    encoded = frame * run.frames * (4 + size) if subject.manifest.image_conditioning == "concat" else 0
+    working = max(video * size + features, video * copies + features // 2, encoded + 3 * features // 4)
+    return working, features // 2

@@ -227,6 +227,7 @@ class Runtime:
         sink: int | None = None,
         steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_scale_2: float | None = None,
         memory_limit: int | str | None = None,
         kv_storage: str = "auto",
         on_event: Callable[[Event], None] | None = None,
@@ -236,7 +237,8 @@ class Runtime:
         height, width [pixels], frames: default to what the generator was trained for. policy: a name or object; the
         default is "dsa" with a confidence head and "dense" without. window, sink: latent frames of context kept and,
         of those, first frames kept for good (autoregressive bundles; default: the whole clip, or the bundle's window
-        for longer ones). steps, guidance_scale: many-step bundles only. memory_limit: bytes or text such as "2GB".
+        for longer ones). steps, guidance_scale: many-step bundles only. guidance_scale_2: of the second of two experts
+        (default: as the first). memory_limit: bytes or text such as "2GB".
 
         kv_storage: where an HSA run keeps K/V from step to step: "model" (on the device in the model's dtype), "fp8"
         (half of bf16; close to it, not bit for bit), "host" (in host memory, fetched one layer ahead; the same bits) or
@@ -248,7 +250,7 @@ class Runtime:
 
         settings = settle(
             self, height, width, frames, policy, window, sink, steps, guidance_scale, memory_limit,
-            kv_storage,
+            kv_storage, guidance_scale_2,
         )  # fmt: skip
         generate = Generate(self, settings)
         started = time.perf_counter()

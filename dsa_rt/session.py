@@ -128,18 +128,19 @@ class Session:
 
     def _solve(self) -> DenoisedChunk:
         runtime, settings = self._runtime, self.settings
-        expert, low = self._expert(runtime.model, self._text), None
-        if runtime.model_2 is not None:
-            low = self._expert(runtime.model_2, _embed(runtime.model_2, self._text_rows, self._image_rows))
+        expert, low = self._expert(runtime.model, self._text, settings.guidance), None
+        if runtime.model_2 is not None and settings.guidance_2 is not None:
+            text = _embed(runtime.model_2, self._text_rows, self._image_rows)
+            low = self._expert(runtime.model_2, text, settings.guidance_2)
         return solve(
             runtime.model, settings.grid, range(settings.latent_frames), expert.text, expert.empty, settings.sigmas,
             settings.guidance, self.seed, self._on_pass, self._check, plan=self._token_plan, low=low,
             boundary=runtime.manifest.boundary or 0.0, conditions=self._conditions, storage=settings.plan.storage,
         )  # fmt: skip
 
-    def _expert(self, model: WanModel, text: TextKV) -> Expert:
+    def _expert(self, model: WanModel, text: TextKV, guidance: float) -> Expert:
         other = None if self._other_rows is None else _embed(model, self._other_rows, self._image_rows)
-        return Expert(model, text, other, self.settings.guidance)
+        return Expert(model, text, other, guidance)
 
     @property
     def _token_plan(self) -> StepPlan | None:
@@ -205,9 +206,13 @@ class Session:
             backends={choice.op: choice.backend for choice in backend.describe(runtime.device.type, runtime.dtype)},
         )  # fmt: skip
 
-    def _asked(self) -> dict[str, str]:
+    def _asked(self) -> dict[str, str | float]:
         """Settings that not every clip has, for its statistics."""
-        asked = {} if self.settings.token_plan is None else {"kv_storage": self.settings.plan.storage}
+        asked: dict[str, str | float] = {}
+        if self.settings.token_plan is not None:
+            asked["kv_storage"] = self.settings.plan.storage
+        if self.settings.guidance_2 is not None:
+            asked["guidance_2"] = self.settings.guidance_2
         if self.negative_prompt:
             asked["negative_prompt"] = self.negative_prompt
         if self._image is not None:
@@ -222,7 +227,7 @@ class Session:
         """Text rows that guidance leads away from, of the empty prompt by default; None without guidance."""
         if not isinstance(prompt, str):
             raise PromptError(f"negative_prompt is {prompt!r}; expected text")
-        if self.settings.guidance != 1:
+        if self.settings.guided:
             return self._runtime.text_encoder.encode([prompt])
         if prompt:
             raise OptionError(
@@ -268,7 +273,7 @@ class Session:
         stats = ChunkStats(
             index=done.index, passes=done.passes, passes_scheduled=self.settings.passes, frames=len(frames),
             confidences=done.confidences, refined=done.passes > 1, threshold=done.threshold, tokens=tokens,
-            active_tokens=computed, calls_per_pass=1 if self.settings.guidance == 1 else 2,
+            active_tokens=computed, calls_per_pass=2 if self.settings.guided else 1,
             context_passes=1 if self.settings.causal else 0, denoise_ms=done.denoise_ms, context_ms=done.context_ms,
             decode_ms=1000 * (time.perf_counter() - start),
         )  # fmt: skip

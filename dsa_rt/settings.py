@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from dsa_rt.bundle import Bundle, Manifest
+from dsa_rt.bundle import Bundle, Manifest, Part
 from dsa_rt.errors import OptionError, PolicyError, ShapeError
 from dsa_rt.memory import MemoryPlan, choose, parse_bytes
 from dsa_rt.models.wan import WanConfig
@@ -27,7 +27,8 @@ class Settings:
     """height, width [pixels], frames; latent_frames; chunk_frames, window, sink [latent frames]; sigmas: the level of
     each pass (few-step) or the Euler grid with its final 0 (many-step); guidance: 1 = none; token_plan: what each step
     of a many-step run computes, None where passes are decided by the chunk; image_plan: the same for a run whose first
-    frame is given in place of noise, None where there is no such run."""
+    frame is given in place of noise, None where there is no such run; guidance_2: of the second expert, None where
+    there is one generator."""
 
     height: int
     width: int
@@ -44,6 +45,12 @@ class Settings:
     plan: MemoryPlan
     token_plan: StepPlan | None = None
     image_plan: StepPlan | None = None
+    guidance_2: float | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Whether passes have two branches, with the prompt and without: all or none, whichever expert wants them."""
+        return self.guidance != 1 or self.guidance_2 not in (None, 1)
 
     @property
     def chunks(self) -> int:
@@ -67,6 +74,7 @@ def settle(
     guidance_scale: float | None,
     memory_limit: int | str | None,
     kv_storage: str = "auto",
+    guidance_scale_2: float | None = None,
 ) -> Settings:
     """Defaults filled in, everything checked, memory planned; see ``Runtime.compile`` for arguments and errors."""
     manifest, model = runtime.manifest, runtime.model.config
@@ -79,9 +87,10 @@ def settle(
     latent_frames = _latent_frames(frames, manifest.latent.temporal, chunk)
     chosen = _policy(policy, causal, runtime.head is not None)
     grid = _grid(manifest, model, height, width)
-    token_plan = image_plan = None
+    token_plan = image_plan = guidance_2 = None
     if causal:
-        for name, value in (("steps", steps), ("guidance_scale", guidance_scale)):
+        for name, value in (("steps", steps), ("guidance_scale", guidance_scale),
+                            ("guidance_scale_2", guidance_scale_2)):  # fmt: skip
             if value is not None:
                 raise OptionError(
                     f"{name}={value} was given, but this few-step generator has a fixed schedule and no guidance; "
@@ -101,18 +110,24 @@ def settle(
                 )
         token_plan, image_plan = _token_plans(manifest, chosen, steps, grid, latent_frames)
         sigmas = euler_sigmas(token_plan.steps, manifest.schedule.shift)
-        guidance = manifest.guidance if guidance_scale is None else guidance_scale
-        if not isinstance(guidance, int | float) or not 0 <= guidance <= 100:
-            raise OptionError(f"guidance_scale is {guidance!r}; expected a number from 0 to 100 (1 = no guidance)")
+        guidance = _guidance("guidance_scale", manifest.guidance if guidance_scale is None else guidance_scale)
+        if manifest.boundary is not None:
+            guidance_2 = guidance if guidance_scale_2 is None else _guidance("guidance_scale_2", guidance_scale_2)
+        elif guidance_scale_2 is not None:
+            raise OptionError(
+                f"guidance_scale_2={guidance_scale_2} is for the second of two experts, but bundle {manifest.name!r} "
+                "has one generator; leave it out"
+            )
         chunk, window, sink = latent_frames, latent_frames, 0
     weights = sum(t.nbytes for module in runtime.modules for t in module.state_dict().values())
-    subject = Subject(manifest, model, weights, runtime.dtype, runtime.device)
+    codec = Part(runtime.codec.kind, runtime.codec.to_dict())  # another than the bundle's where load was given one
+    subject = Subject(replace(manifest, codec=codec), model, weights, runtime.dtype, runtime.device)
     plans = [plan for plan in (token_plan, image_plan) if plan is not None]
-    run = Run(height, width, frames, grid, chunk, window, guidance != 1, plans)
+    run = Run(height, width, frames, grid, chunk, window, guidance != 1 or guidance_2 not in (None, 1), plans)
     memory = [plan_memory(subject, run, storage) for storage in storages(kv_storage, run, chosen.name)]
     return Settings(
         height, width, frames, latent_frames, grid, chosen, causal, chunk, window, sink, tuple(sigmas), guidance,
-        choose(memory, limit, runtime.device), token_plan, image_plan,
+        choose(memory, limit, runtime.device), token_plan, image_plan, guidance_2,
     )  # fmt: skip
 
 
@@ -189,6 +204,12 @@ def _grid(manifest: Manifest, model: WanConfig, height: int, width: int) -> Toke
 def _whole(name: str, value: int) -> int:
     if type(value) is not int or value < 1:
         raise OptionError(f"{name} is {value!r}; expected a whole number of 1 or more")
+    return value
+
+
+def _guidance(name: str, value: float) -> float:
+    if not isinstance(value, int | float) or not 0 <= value <= 100:
+        raise OptionError(f"{name} is {value!r}; expected a number from 0 to 100 (1 = no guidance)")
     return value
 
 

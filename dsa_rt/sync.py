@@ -4,7 +4,7 @@ Rows are in the order of :attr:`dsa_rt.policy.StepPlan.layout`: conditions, then
 budget to the baseline. A partial step makes fresh K and V for its own rows and reads the others as they were left.
 Only parts that some partial step skips are stored; the baseline is fresh in every pass. Stored and fresh rows meet in
 one pair of buffers [B, N, H, D] that all layers and both guidance branches share, so that attention reads contiguous
-memory. K is kept after qk-norm and RoPE, V as it is.
+memory and fresh rows are written where they are read. K is kept after qk-norm and RoPE, V as it is.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsa_rt.cache import destination
 from dsa_rt.errors import OptionError
 from dsa_rt.kv_rows import Float8Rows, HostRows, ModelRows, Rows, fp8_blocks
 from dsa_rt.plan import ActiveSet
@@ -120,24 +121,22 @@ class SyncCache:
                 self.rows.write(layer, index, k.index_select(1, part), v.index_select(1, part))
         self._capturing = False
 
-    def update(self, layer: int, k: Tensor, v: Tensor, active: ActiveSet) -> tuple[Tensor, Tensor]:
-        """k, v [B, A, H, D] of the active rows in; the attended K, V [B, N, H, D] out. ``active.parts`` says which
-        parts these are; a pass of all tokens attends to what it brings."""
+    def destination(self, layer: int, active: ActiveSet) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Where the active rows of a layer go: K and V [B, N, H, D] and the row in them of each token, None for rows 0
+        to A - 1."""
+        return destination(*self.scratch, active)
+
+    def attended(self, layer: int, active: ActiveSet) -> tuple[Tensor, Tensor]:
+        """K and V [B, N, H, D], once the active rows are written: the parts that ``active`` has none of are read from
+        where they were stored, its own are stored if other steps will need them."""
+        k, v = self.scratch
         if self._capturing:
             self.rows.write(layer, 0, k, v)
             return k, v
-        everything = k.shape[1] == self.scratch[0].shape[1]
-        attended_k, attended_v = (k, v) if everything else self.scratch
-        start = 0
         for number, part in enumerate(self._parts):
             here = slice(part.start, part.stop)
             if part not in active.parts:
-                self.rows.read_into(layer, self._stored[number], attended_k[:, here], attended_v[:, here])
-                continue
-            fresh = slice(start, start + len(part))
-            start = fresh.stop
-            if not everything:
-                attended_k[:, here], attended_v[:, here] = k[:, fresh], v[:, fresh]
-            if number in self._stored:
-                self.rows.write(layer, self._stored[number], k[:, fresh], v[:, fresh])
-        return attended_k, attended_v
+                self.rows.read_into(layer, self._stored[number], k[:, here], v[:, here])
+            elif number in self._stored:
+                self.rows.write(layer, self._stored[number], k[:, here], v[:, here])
+        return k, v

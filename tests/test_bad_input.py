@@ -137,6 +137,7 @@ def test_sizes_of_a_many_step_bundle(many_step: Runtime) -> None:
         ({"sink": 1.5}, "sink 1.5"),
         ({"steps": 4}, "steps=4 was given, but this few-step generator"),
         ({"guidance_scale": 3.0}, "guidance_scale=3.0 was given, but this few-step generator"),
+        ({"guidance_scale_2": 3.0}, "guidance_scale_2=3.0 was given, but this few-step generator"),
     ],
 )
 def test_options_of_a_few_step_bundle(causal: Runtime, options: dict[str, Any], message: str) -> None:
@@ -154,6 +155,7 @@ def test_options_of_a_few_step_bundle(causal: Runtime, options: dict[str, Any], 
         ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
         ({"guidance_scale": 1e9}, "guidance_scale is 1000000000.0; expected a number from 0 to 100"),
         ({"guidance_scale": "high"}, "guidance_scale is 'high'"),
+        ({"guidance_scale_2": 3.0}, "is for the second of two experts, but bundle 'tiny' has one generator"),
     ],
 )
 def test_options_of_a_many_step_bundle(many_step: Runtime, options: dict[str, Any], message: str) -> None:
@@ -258,8 +260,8 @@ def test_the_largest_part_is_named(largest: str, advice: str) -> None:
 
 
 def test_more_memory_than_there_is(causal: Runtime, monkeypatch: pytest.MonkeyPatch, causal_bundle: Path) -> None:
-    monkeypatch.setattr("dsa_rt.memory.free_memory", lambda _: 1_000_000)
-    refused(MemoryLimitError, "the free memory of cpu is 1.0 MB", lambda: causal.compile(policy="dense"))
+    monkeypatch.setattr("dsa_rt.memory.free_memory", lambda _: 500_000)
+    refused(MemoryLimitError, "the free memory of cpu is 0.5 MB", lambda: causal.compile(policy="dense"))
     monkeypatch.setattr("dsa_rt.runtime.free_memory", lambda _: 1000)
     refused(MemoryLimitError, f"{causal_bundle} … 0.0 MB are free on cpu", lambda: load(causal_bundle))
 

@@ -302,12 +302,15 @@ def test_memory(bundle: Path, tmp_path: Path) -> None:
 
 def test_ops(tmp_path: Path) -> None:
     ops.main(
-        ["--threads", "1", "--samples", "1", "--shapes", "demo chunk", "--attention", "demo chunk",
-         "--out", str(tmp_path), "--quiet"]
+        ["--threads", "1", "--samples", "1", "--shapes", "demo chunk", "--layers", "demo chunk", "--attention",
+         "demo chunk", "--out", str(tmp_path), "--quiet"]
     )  # fmt: skip
     rows = read(tmp_path, "ops.json")["rows"]
     assert len(rows) == 8 and all(row["native_us"] > 0 and row["copy_gb_s"] > 0 for row in rows.values())
     assert rows["renoise, demo chunk, bf16"]["bytes"] == 4 * 108 * 32 * 2
+    layers = read(tmp_path, "ops.json")["layers"]
+    assert len(layers) == 12 and layers["qk_norm_rope_store, demo chunk, fp32"]["bytes"] == 6 * 108 * 192 * 4
+    assert all(row["times_as_fast"] == pytest.approx(row["torch_us"] / row["native_us"]) for row in layers.values())
     pairs = read(tmp_path, "ops.json")["attention"]
     assert {row["operations"] for row in pairs.values()} == {4 * 3 * 108 * 756 * 64}
     for row in pairs.values():
@@ -315,7 +318,7 @@ def test_ops(tmp_path: Path) -> None:
 
 
 def test_ops_refuses_a_wrong_kernel() -> None:
-    op = ops.philox_normal((1, 4, 8), torch.float32)
+    op = ops.OPS["philox_normal"]((1, 4, 8), torch.float32)
 
     def broken() -> None:
         op.native()
@@ -323,6 +326,18 @@ def test_ops_refuses_a_wrong_kernel() -> None:
 
     with pytest.raises(RuntimeError, match="differ"):
         ops.check(dataclasses.replace(op, native=broken), "philox_normal")
+
+
+def test_ops_refuses_a_layer_kernel_that_is_too_far_off() -> None:
+    op = ops.LAYER_OPS["norm_modulate"]((1, 6, 2, 4), torch.float32)
+    ops.check(op, "norm_modulate")
+
+    def broken() -> None:
+        op.native()
+        op.outputs[0][0, 3, 7] += 0.01
+
+    with pytest.raises(RuntimeError, match="differ"):
+        ops.check(dataclasses.replace(op, native=broken), "norm_modulate")
 
 
 def test_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

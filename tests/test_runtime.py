@@ -357,11 +357,12 @@ def test_the_plan_counts_what_is_there(runtime: Runtime) -> None:
     passes = session._rollout.passes
     text = sum(t.nbytes for pair in passes.text.layers for t in pair)
     assert plan.kv_cache == passes.cache.k.nbytes + passes.cache.v.nbytes + text
-    assert plan.total == plan.weights + plan.kv_cache + plan.activations + plan.decode + plan.output
+    least = plan.weights + plan.kv_cache + plan.output
+    assert least < plan.total < least + plan.activations + plan.decode
     smaller = runtime.compile(policy="dense", window=3).plan
     assert smaller.kv_cache - text == (plan.kv_cache - text) / 3 and smaller.weights == plan.weights
     assert runtime.compile(policy="dense", frames=21).plan.output < plan.output
-    assert runtime.compile(96, 64, policy="dense").plan.activations == 4 * plan.activations
+    assert 3 < runtime.compile(96, 64, policy="dense").plan.activations / plan.activations < 4
 
 
 def test_weights_are_shared_and_unchanged(causal: Runtime) -> None:

@@ -6,11 +6,12 @@ import random
 
 import pytest
 import torch
+from tiny import make_model
 from torch import Tensor
 
 from dsa_rt.errors import OptionError
 from dsa_rt.kv_rows import BLOCK, Float8Rows, HostRows
-from dsa_rt.plan import ActiveSet
+from dsa_rt.plan import ActiveSet, TokenGrid, frame_tokens
 from dsa_rt.policy import HSA, StepPlan
 from dsa_rt.sync import STORAGES, SyncCache, sync_bytes, sync_caches, sync_host_bytes
 
@@ -30,7 +31,16 @@ def random_plan(draw: random.Random) -> StepPlan:
 
 
 def active_set(tokens: Tensor, parts: tuple[range, ...]) -> ActiveSet:
-    return ActiveSet(tokens, tokens, tokens, tokens, parts=parts)
+    slots = torch.cat([torch.arange(part.start, part.stop) for part in parts]) if parts else None
+    return ActiveSet(tokens, tokens, tokens, tokens, slots, parts=parts)
+
+
+def write(cache: SyncCache, layer: int, k: Tensor, v: Tensor, active: ActiveSet) -> tuple[Tensor, Tensor]:
+    """k, v [B, A, H, D] into the rows of the active set; the attended K and V."""
+    to_k, to_v, slots = cache.destination(layer, active)
+    for to, rows in ((to_k, k), (to_v, v)):
+        to.index_copy_(1, torch.arange(k.shape[1]) if slots is None else slots, rows)
+    return cache.attended(layer, active)
 
 
 def make_caches(plan: StepPlan, branches: int, storage: str = "model") -> list[SyncCache]:
@@ -93,7 +103,7 @@ def test_against_a_dictionary(trial: int, storage: str) -> None:
             for number, cache in enumerate(branches):
                 for layer in range(LAYERS):
                     k, v = torch.randn(2, 1, len(tokens), HEADS, HEAD_DIM).unbind(0)
-                    attended = cache.update(layer, k, v, active)
+                    attended = write(cache, layer, k, v, active)
                     for row, token in enumerate(tokens.tolist()):
                         held[number][layer, token] = k[:, row].clone(), v[:, row].clone()
                     for index in (0, 1):
@@ -115,8 +125,10 @@ def test_a_full_pass_attends_to_what_it_brings() -> None:
     plan = HSA(((0.5, 8), (0.5, 2)), selection="random").plan(8, 20, 5)
     (cache,) = make_caches(plan, 1)
     k, v = torch.randn(2, 1, 20, HEADS, HEAD_DIM).unbind(0)
-    attended = cache.update(0, k, v, active_set(torch.arange(20), tuple(part for _, part in plan.layout)))
-    assert attended[0] is k and attended[1] is v
+    parts = tuple(part for _, part in plan.layout)
+    assert sum(map(len, parts)) == 20 and len(parts) > 1
+    attended = write(cache, 0, k, v, active_set(torch.arange(20), parts))
+    assert torch.equal(attended[0], k) and torch.equal(attended[1], v)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -218,7 +230,7 @@ def test_host_rows_are_fetched_one_layer_ahead(monkeypatch: pytest.MonkeyPatch) 
         for layer in range(LAYERS):
             k, v = torch.randn(2, 1, len(rows), HEADS, HEAD_DIM).unbind(0)
             stored.update({(layer, row): k[:, number] for number, row in enumerate(rows.tolist())})
-            attended, _ = cache.update(layer, k, v, active_set(rows, tuple(here)))
+            attended, _ = write(cache, layer, k, v, active_set(rows, tuple(here)))
             assert torch.equal(attended, torch.stack([stored[layer, row] for row in range(30)], 1))
             events.append(("attend", layer, -1))
         return list(events)
@@ -239,3 +251,15 @@ def test_storage_that_is_unknown() -> None:
     plan = HSA().plan(40, 100, 10)
     with pytest.raises(OptionError, match="storage is 'disk'; expected one of model, fp8, host"):
         sync_caches(plan, 1, 1, 1, 8, torch.float32, storage="disk")
+
+
+def test_no_gradient_goes_through_it() -> None:
+    """A cache of inference keeps none, and says so."""
+    plan = HSA(((0.5, 8), (0.5, 2)), selection="random").plan(8, 12, 6)
+    (cache,) = sync_caches(plan, 1, 2, 2, 24, torch.float32)
+    model = make_model().requires_grad_(True)
+    active = frame_tokens(TokenGrid(2, 3), range(2), 24, per_frame=False)
+    text = model.embed_text(torch.randn(1, 7, 20))
+    arguments = torch.randn(1, 12, 12), active, torch.full((1, 1), 500.0), text, cache
+    with pytest.raises(OptionError, match=r"no gradient goes through a SyncCache; use torch.no_grad\(\)"):
+        model(*arguments)

@@ -66,9 +66,10 @@ class AnyRows:
         shape = (config.layers, 1, tokens, config.heads, config.head_dim)
         self.k, self.v = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
 
-    def update(self, layer: int, k: Tensor, v: Tensor, active: ActiveSet) -> tuple[Tensor, Tensor]:
-        """k, v [1, A, H, D] of the active tokens in; those of all tokens out."""
-        assert active.slots is not None
-        self.k[layer].index_copy_(1, active.slots, k)
-        self.v[layer].index_copy_(1, active.slots, v)
+    def destination(self, layer: int, active: ActiveSet) -> tuple[Tensor, Tensor, Tensor | None]:
+        """K and V [1, N, H, D] and the rows of the active tokens in them."""
+        return self.k[layer], self.v[layer], active.slots
+
+    def attended(self, layer: int, active: ActiveSet) -> tuple[Tensor, Tensor]:
+        """Those of all tokens."""
         return self.k[layer], self.v[layer]

@@ -25,15 +25,16 @@ from dsa_rt.policy import HSA, parse_policy
 
 DENSE = "dense"
 TARGETS = (0.75, 0.5, 0.25)
-NEAR = 0.04  # shares that count as a target's
+NEAR = 0.051  # shares that count as a target's
 
 _EXTRAPOLATED = ",update=extrapolated"
-FEWER = tuple(f"steps-{n}" for n in (34, 30, 25, 20, 16, 12, 10, 8))
+FEWER = tuple(f"steps-{n}" for n in (34, 30, 25, 22, 20, 16, 12, 10, 8))
 WINDOW = (
-    "hsa:groups=1@20,window=0.5,steps=40",  # 30 of 40 steps
+    "hsa:groups=1@20,window=0.5,steps=40",  # 30 of 40 steps; extrapolated: window-75
     "hsa:groups=1@10,window=0.35,steps=40",  # 29
     "hsa:groups=1@10,window=0.7,steps=40",  # 19
     "hsa:groups=1@5,window=0.55,steps=40",  # 20
+    "hsa:groups=1@20,window=0.9,steps=40",  # 22; extrapolated: window-55
     "hsa:groups=1@5,window=0.85,steps=40",  # 10
     "hsa:groups=1@5,window=0.7,steps=20",  # 10, on the grid of 20
 )

@@ -3,14 +3,17 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <memory>
 #include <new>
 
 #include "../cpu_features.h"
 #include "../parallel.h"
+#include "../scratch.h"
 #include "launch.h"
 #include "ops.h"
+
+#if defined(DSA_RT_CUDA)
+#include "../../kernels/cuda/attention.h"
+#endif
 
 namespace dsa_rt {
 namespace {
@@ -33,29 +36,14 @@ const cpu::AttentionKernel& cpu_kernel(const std::string& instruction_set, Eleme
   }
 }
 
-// Memory of the calling thread that grows to the largest request and stays; null where there is none.
-void* thread_scratch(size_t bytes) {
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  thread_local std::unique_ptr<void, Free> memory;
-  thread_local size_t held = 0;
-  if (bytes > held) {
-    memory.reset();
-    held = 0;
-    memory.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-    if (memory) held = bytes;
-  }
-  return memory.get();
-}
-
 Heads heads_of(const TensorView& view) { return {view.data, view.stride[0], view.stride[1], view.stride[2]}; }
 
 constexpr int64_t tile_work = 1 << 22;  // multiply-adds below which a tile alone is not worth a thread's attention
 
 class ActiveAttention {
  public:
-  ActiveAttention(py::handle out, py::handle lse, py::handle q, py::handle k, py::handle v) : op_("active_attention") {
+  ActiveAttention(py::handle out, py::handle lse, py::handle q, py::handle k, py::handle v, py::handle segments)
+      : op_("active_attention") {
     const DtypeRule dtype("T", float_dtypes);
     const auto& o = op_.tensor("out", out, {"B", "A", "H", "D"}, dtype, Access::write);
     const TensorView* l =
@@ -63,6 +51,7 @@ class ActiveAttention {
     const auto& queries = op_.tensor("q", q, {"B", "A", "H", "D"}, dtype);
     const auto& keys = op_.tensor("k", k, {"B", "N", "H", "D"}, dtype);
     const auto& values = op_.tensor("v", v, {"B", "N", "H", "D"}, dtype);
+    const TensorView* parts = segments.is_none() ? nullptr : &op_.host_tensor("segments", segments, {"S", "5"});
     op_.check_overlap();
     if (op_.size("N") == 0 || op_.size("D") == 0)
       op_.fail("k holds N = " + std::to_string(op_.size("N")) + " rows of D = " + std::to_string(op_.size("D")) +
@@ -79,17 +68,37 @@ class ActiveAttention {
                op_.size("H"),
                op_.size("A"),
                op_.size("N"),
-               op_.size("D")};
+               op_.size("D"),
+               nullptr,
+               0};
+    if (parts) read_segments(*parts);
   }
 
   void run(const Launch& launch) {
-    if (op_.device().kind != DeviceKind::cpu) no_kernel(op_);
+    if (op_.device().kind == DeviceKind::cpu) return run_cpu(launch);
+#if defined(DSA_RT_CUDA)
+    if (op_.device().kind == DeviceKind::cuda) {
+      std::string why;
+      if (!cuda::attention_supported(params_, &why)) op_.fail_unserved(why);
+      return cuda::active_attention(params_, launch.stream);
+    }
+#endif
+    no_kernel(op_);
+  }
+
+ private:
+  void run_cpu(const Launch& launch) {
     const cpu::AttentionKernel& kernel = cpu_kernel(launch.instruction_set, params_.element);
     const size_t bytes = kernel.scratch_bytes(params_.dim);
-    const int64_t tiles = (params_.active + cpu::attention_tile_rows - 1) / cpu::attention_tile_rows;
-    const int64_t grain = tile_work / (cpu::attention_tile_rows * params_.rows * params_.dim);
+    int64_t rows = params_.rows;  // of the longest segment
+    if (params_.segments) {
+      rows = 1;
+      for (const auto& s : segments_) rows = std::max(rows, s.end[0] - s.begin[0] + s.end[1] - s.begin[1]);
+    }
+    const int64_t grain = tile_work / (cpu::attention_tile_rows * rows * params_.dim);
+    const int64_t tiles = params_.batch * params_.heads * cpu::attention_tiles(params_);
     std::atomic<bool> starved{false};
-    parallel_for(params_.batch * params_.heads * tiles, grain, launch.threads, [&](int64_t begin, int64_t end) {
+    parallel_for(tiles, grain, launch.threads, [&](int64_t begin, int64_t end) {
       if (void* scratch = thread_scratch(bytes))
         kernel.run(params_, scratch, begin, end);
       else
@@ -98,8 +107,35 @@ class ActiveAttention {
     if (starved) throw std::bad_alloc();
   }
 
- private:
+  void read_segments(const TensorView& view) {
+    int64_t queries = 0;
+    for (int64_t i = 0; i < view.shape[0]; ++i) {
+      const int64_t* row = view.as<int64_t>() + i * view.stride[0];
+      const AttentionSegment s = {row[0], {row[1], row[3]}, {row[2], row[4]}};
+      const auto fail = [&](const std::string& expected) {
+        std::string values;
+        for (int j = 0; j < 5; ++j) values += (j ? ", " : "") + std::to_string(row[j]);
+        op_.fail("segments[" + std::to_string(i) + "] is [" + values + "], expected " + expected);
+      };
+      if (s.queries < 0 || s.queries > params_.active)
+        fail("0 to A = " + std::to_string(params_.active) + " queries first");
+      for (int r = 0; r < 2; ++r)
+        if (s.begin[r] < 0 || s.end[r] < s.begin[r] || s.end[r] > params_.rows)
+          fail("ranges inside [0, " + std::to_string(params_.rows) + "), the rows of k");
+      const bool empty[2] = {s.begin[0] == s.end[0], s.begin[1] == s.end[1]};
+      if (empty[0] && empty[1]) fail("at least one row in its ranges");
+      if (!empty[0] && !empty[1] && s.begin[0] < s.end[1] && s.begin[1] < s.end[0]) fail("ranges that do not overlap");
+      queries += s.queries;
+      segments_.push_back(s);
+    }
+    if (queries != params_.active)
+      op_.fail("segments hold " + std::to_string(queries) + " queries, expected A = " + std::to_string(params_.active));
+    params_.segments = segments_.data();
+    params_.segment_count = static_cast<int64_t>(segments_.size());
+  }
+
   Signature op_;
+  std::vector<AttentionSegment> segments_;
   AttentionParams params_;
 };
 
@@ -108,8 +144,8 @@ class ActiveAttention {
 void bind_attention(py::module_& m) {
   using Tensor = py::object;
   using py::arg;
-  bind<ActiveAttention, Tensor, Tensor, Tensor, Tensor, Tensor>(m, "active_attention", arg("out"), arg("lse"), arg("q"),
-                                                                arg("k"), arg("v"));
+  bind<ActiveAttention, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+      m, "active_attention", arg("out"), arg("lse"), arg("q"), arg("k"), arg("v"), arg("segments") = py::none());
 }
 
 }  // namespace dsa_rt

@@ -25,7 +25,7 @@ struct Launch {
 };
 
 [[noreturn]] inline void no_kernel(const Signature& op) {
-  op.fail_option("this build has no kernel for the tensors' device; use backend='torch'");
+  op.fail_unserved("it was built without those of the tensors' device");
 }
 
 // Binds `name` (check, then run without the GIL) and check_`name` (check alone) for the constructor's arguments.

@@ -44,6 +44,12 @@ class ConvCodecConfig:
     decoder_blocks_latent: int = 2
     decoder_blocks: int = 3
 
+    def decode_bytes(self, height: int, width: int, dtype: torch.dtype) -> int:
+        """Most that decoding one more latent frame of a stream holds [bytes], counted on small codecs."""
+        frames = 3 * TIME * COLOURS * height * width
+        features = 6 * self.width * (height // FOLD) * (width // FOLD)
+        return (frames + features) * dtype.itemsize
+
 
 class _Folded:
     """History for a batch in which the latent frames of a clip lie side by side: a shift by one frame."""
@@ -222,10 +228,8 @@ class ConvCodec(nn.Module):
         return ConvStreamDecoder(self, batch)
 
     def decode_bytes(self, height: int, width: int) -> int:
-        """Most that decoding one more latent frame of a stream holds [bytes], counted on small codecs."""
-        frames = 3 * TIME * COLOURS * height * width
-        features = 6 * self.config.width * (height // FOLD) * (width // FOLD)
-        return (frames + features) * self.dtype.itemsize
+        """Most that decoding one more latent frame of a stream holds [bytes]."""
+        return self.config.decode_bytes(height, width, self.dtype)
 
     def encode_groups(self, frames: Tensor) -> Tensor:
         """Groups of four frames [B, 3, 4f, H, W] -> raw latents [B, z, f, h, w], with gradients (for training)."""

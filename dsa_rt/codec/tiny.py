@@ -55,6 +55,11 @@ class TinyConfig:
         if not 1 <= self.patch <= 16:
             raise OptionError(f"tiny decoder patch is {self.patch}; expected 1 to 16")
 
+    def decode_bytes(self, height: int, width: int, dtype: torch.dtype) -> int:
+        """Most that decoding one more latent frame of a stream holds [bytes]: feature maps at full resolution, counted
+        on small decoders whose widths have the published ratios."""
+        return 10 * self.widths[-1] * (height * width // self.patch**2) * dtype.itemsize
+
 
 class MemoryBlock(nn.Module):
     """Three convolutions over a frame and the one before it, added to the frame."""
@@ -145,9 +150,8 @@ class TinyCodec(nn.Module):
         return TinyStreamDecoder(self, batch)
 
     def decode_bytes(self, height: int, width: int) -> int:
-        """Most that decoding one more latent frame of a stream holds [bytes]: feature maps at full resolution, counted
-        on small decoders whose widths have the published ratios."""
-        return 10 * self.config.widths[-1] * (height * width // self.config.patch**2) * self.dtype.itemsize
+        """Most that decoding one more latent frame of a stream holds [bytes]."""
+        return self.config.decode_bytes(height, width, self.dtype)
 
 
 class TinyStreamDecoder:

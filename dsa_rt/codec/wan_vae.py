@@ -76,6 +76,14 @@ class WanVaeConfig:
             if found != expected:
                 raise OptionError(f"video codec {name} is {found}, but its other sizes make it {expected}")
 
+    def decode_bytes(self, height: int, width: int, dtype: torch.dtype) -> int:
+        """Most that decoding one more latent frame of a stream holds [bytes]: feature maps at full resolution, counted
+        on small codecs of the same depth; almost half of it is carried from frame to frame."""
+        maps = 90 if self.is_residual else 55
+        base = self.base_dim if self.decoder_base_dim is None else self.decoder_base_dim
+        pixels = height * width // (1 if self.patch_size is None else self.patch_size) ** 2
+        return maps * base * self.dim_mult[0] * pixels * dtype.itemsize
+
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """What a ``vae/config.json`` says, as the keys and values of a manifest, still to be parsed. TI2V's published
@@ -154,12 +162,8 @@ class WanVaeCodec(nn.Module):
         return WanVaeStreamDecoder(self, batch, self._caches(self.decoder))
 
     def decode_bytes(self, height: int, width: int) -> int:
-        """Most that decoding one more latent frame of a stream holds [bytes]: feature maps at full resolution, counted
-        on small codecs of the same depth; almost half of it is carried from frame to frame."""
-        maps = 90 if self.config.is_residual else 55
-        base = self.config.base_dim if self.config.decoder_base_dim is None else self.config.decoder_base_dim
-        pixels = height * width // (1 if self.config.patch_size is None else self.config.patch_size) ** 2
-        return maps * base * self.config.dim_mult[0] * pixels * self.dtype.itemsize
+        """Most that decoding one more latent frame of a stream holds [bytes]."""
+        return self.config.decode_bytes(height, width, self.dtype)
 
     def statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of raw latents, each [1, z, 1, 1, 1] fp32."""

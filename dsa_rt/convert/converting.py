@@ -73,9 +73,9 @@ def convert(
     source: a folder of diffusers, the original Wan layout (folder or safetensors file), or a torch file such as
     Self-Forcing's. components: folders with the text encoder, tokenizer, video codec and image encoder that ``source``
     lacks (a diffusers pipeline, or the folder of one of them). decoder: a tiny decoder in the TAEHV layout (safetensors
-    or torch file) to take in place of the video codec. dtype: "fp32", "bf16" or "fp16", of all weights; None keeps the
-    one that each part has. weights: "ema" or "raw" (torch files with both). shard_bytes: size of files. progress:
-    called with (bytes, bytes in all).
+    or torch file) to take in place of the video codec. dtype: "fp32", "bf16" or "fp16", of all weights; None keeps what
+    each tensor has, see :func:`dsa_rt.convert.parts.with_dtype`. weights: "ema" or "raw" (torch files with both).
+    shard_bytes: size of files. progress: called with (bytes, bytes in all).
 
     An export that is interrupted leaves ``dest``.partial, and the same call goes on from there. Raises BundleError for
     a checkpoint that is not whole or not known, OptionError, OutputError; nothing is half-written.
@@ -131,7 +131,7 @@ def _manifest(
     latent = _latent(found, kept["codec"])
     notes = {"converted_from": source.resolve().name, "weights": found.weights}
     return Manifest(
-        name=choices.name if choices.name is not None else source.resolve().stem,
+        name=choices.name if choices.name is not None else _name(source.resolve()),
         architecture={"kind": "wan", **found.config.to_dict()},
         schedule=Schedule(_first(choices.shift, found.shift, 5.0), steps),
         latent=latent,
@@ -151,6 +151,11 @@ def _manifest(
         boundary=_first(choices.boundary, found.boundary) if len(found.generators) == 2 else None,
         image_conditioning=found.image_conditioning,
     )
+
+
+def _name(source: Path) -> str:
+    """Of a folder all of it: what follows the dot in "Wan2.1-T2V-1.3B-Diffusers" is no suffix."""
+    return source.name if source.is_dir() else source.stem
 
 
 def _first(*values: Any) -> Any:

@@ -169,21 +169,26 @@ def matched(part: Part, module: nn.Module, what: str, source: Source) -> Part:
 
 
 def with_dtype(part: Part, dtype: torch.dtype | None, what: str) -> Part:
-    """The part in one floating-point dtype: the one given, or the only one it has; BundleError for a mixture."""
-    found: dict[torch.dtype, list[str]] = defaultdict(list)
+    """The part in the floating-point dtype that is given; with None every tensor keeps its own.
+
+    That is one dtype for all, or a half one beside less in fp32: diffusers and transformers keep norms, modulation and
+    the time embedding wide in a model that is otherwise half. BundleError for any other mixture.
+    """
+    found: dict[torch.dtype, list[Move]] = defaultdict(list)
     for move in part.values():
         if move.entry.dtype.is_floating_point:
-            found[move.entry.dtype].append(move.key)
+            found[move.entry.dtype].append(move)
     if odd := next((kind for kind in found if kind not in _DTYPES), None):
         raise BundleError(
-            f"{what} has tensors in {odd} (such as {short(found[odd][0])}), whose scales this version does not read; "
-            "get the checkpoint in bf16, fp16 or fp32"
+            f"{what} has tensors in {odd} (such as {short(found[odd][0].key)}), whose scales this version does not "
+            "read; get the checkpoint in bf16, fp16 or fp32"
         )
     if dtype is None:
-        if len(found) > 1:
-            counts = [f"{len(keys)} in {_DTYPES[kind]} (such as {short(keys[0])})" for kind, keys in found.items()]
-            shown = ", ".join(counts)
-            raise BundleError(f"{what} mixes dtypes: {shown}; choose one with --dtype")
+        sizes = {kind: sum(move.entry.numel for move in moves) for kind, moves in found.items()}
+        most = max(sizes, key=sizes.__getitem__)
+        if len(sizes) > 1 and (most.itemsize != 2 or sizes.keys() != {most, torch.float32}):
+            counts = [f"{len(m)} in {_DTYPES[kind]} (such as {short(m[0].key)})" for kind, m in found.items()]
+            raise BundleError(f"{what} mixes dtypes: {', '.join(counts)}; choose one with --dtype")
         return part
     return {
         name: replace(move, entry=replace(move.entry, dtype=dtype)) if move.entry.dtype.is_floating_point else move

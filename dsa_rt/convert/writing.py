@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,9 +30,9 @@ from dsa_rt.bundle.tensors import stream_tensors
 from dsa_rt.bundle.writer import check_target, plan_shards, swap, write_file, write_index
 from dsa_rt.convert.parts import Part, read_json
 from dsa_rt.errors import BundleError, OutputError
-from dsa_rt.output import whole_file
 
 JOURNAL, LOCK = "journal.json", "lock.json"
+_NEXT = f"{JOURNAL}.unfinished"
 _BLOCK = 4 << 20
 
 Progress = Callable[[int, int], None]
@@ -62,11 +62,14 @@ def write_parts(
     and BundleError for contents that no reader would accept (nothing is left then).
     """
     target = Path(os.path.realpath(dest))
-    check_target(target, overwrite)
+    begun = target.with_name(f"{target.name}.partial")
     shards = {component: _shards(component, part, shard_bytes) for component, part in parts.items()}
     files = {file: (component, names) for component, found in shards.items() for file, names in found.items()}
     plan = _fingerprint(parts, files)
-    begun = target.with_name(f"{target.name}.partial")
+    with suppress(BundleError):  # no journal there
+        if not begun.exists() and _journal(target).plan == plan:
+            os.rename(target, begun)  # it was killed when it had its name already: it ends once more
+    check_target(target, overwrite)
     journal = _begun(begun, plan, overwrite)
     sizes = {file: sum(parts[c][n].entry.nbytes for n in names) for file, (c, names) in files.items()}
     _check_space(target, sizes, journal, assets)
@@ -80,9 +83,14 @@ def write_parts(
             done += [write_file(begun, ASSETS[name], file.read_bytes()) for name, file in assets.items()]
             (begun / MANIFEST).write_bytes(dataclasses.replace(manifest, files=tuple(done)).to_json())
             bundle = read_bundle(begun, verify_hashes=False)
-            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".dsa_rt-", ignore_cleanup_errors=True) as old:
-                swap(begun, target, Path(old, "old"))
-        for name in (JOURNAL, LOCK):
+            if target.exists():
+                with tempfile.TemporaryDirectory(
+                    dir=target.parent, prefix=".dsa_rt-", ignore_cleanup_errors=True
+                ) as old:
+                    swap(begun, target, Path(old, "old"))
+            else:
+                os.rename(begun, target)
+        for name in (LOCK, JOURNAL):  # the journal last: with it the export is not at its end
             (target / name).unlink(missing_ok=True)
     except BundleError:
         shutil.rmtree(begun, ignore_errors=True)
@@ -114,12 +122,12 @@ def _fingerprint(parts: Mapping[str, Part], files: Mapping[str, tuple[str, list[
 
 def _begun(begun: Path, plan: str, overwrite: bool) -> Journal:
     """The journal of an export of the same tensors that was interrupted, or a new one."""
-    if not begun.exists() or (begun.is_dir() and {file.name for file in begun.iterdir()} <= {LOCK}):
+    if not begun.exists() or (begun.is_dir() and {file.name for file in begun.iterdir()} <= {LOCK, _NEXT}):
         return Journal(plan, [])
     if not begun.is_dir() or not (begun / JOURNAL).is_file():
         raise OutputError(f"'{begun}' exists and is no unfinished export; move it away, or choose another name")
     try:
-        journal = parse(Journal, read_json(begun / JOURNAL), JOURNAL)
+        journal = _journal(begun)
         fault = None if journal.plan == plan else "is the unfinished export of another checkpoint, or of other options"
     except BundleError as error:
         fault = f"has a damaged journal ({error})"
@@ -198,9 +206,14 @@ def _write_shards(
     return done
 
 
+def _journal(folder: Path) -> Journal:
+    return parse(Journal, read_json(folder / JOURNAL), JOURNAL)
+
+
 def _save(folder: Path, journal: Journal) -> None:
-    with whole_file(folder / JOURNAL) as file:
-        file.write_text(json.dumps(dataclasses.asdict(journal), indent=1), encoding="utf-8")
+    """Under a name of its own first: one that a killed process leaves is known, and the next save replaces it."""
+    (folder / _NEXT).write_text(json.dumps(dataclasses.asdict(journal), indent=1), encoding="utf-8")
+    os.replace(folder / _NEXT, folder / JOURNAL)
 
 
 def _is_whole(folder: Path, entry: FileEntry) -> bool:

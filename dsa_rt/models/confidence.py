@@ -54,9 +54,9 @@ class TapBlock(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [B, A, dim] -> [B, dim]."""
         tokens = self.norm_tokens(tokens)
-        query = ops.rms_norm(self.q(self.norm_query(self.query)), self.norm_q.weight, self.eps)
-        keys = ops.rms_norm(self.k(tokens), self.norm_k.weight, self.eps)
-        pooled = ops.confidence_pool(query.unflatten(0, (self.heads, -1)), keys.unflatten(-1, (self.heads, -1)), tokens)
+        query = ops.rms_norm(self.q(self.norm_query(self.query)).float(), self.norm_q.weight, self.eps)
+        query = query.unflatten(0, (self.heads, -1))
+        pooled = ops.confidence_pool(query, self.k(tokens), self.norm_k.weight, tokens, self.eps)
         # W_v after pooling: the softmax weights sum to one, so V is not needed per token.
         weight = self.v.weight.unflatten(0, (self.heads, -1))
         values = torch.einsum("bhc,hdc->bhd", pooled.to(weight.dtype), weight).flatten(1) + self.v.bias

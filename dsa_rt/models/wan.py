@@ -18,11 +18,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsa_rt.bundle.strict import OPTIONAL
-from dsa_rt.cache import TextKV
+from dsa_rt.cache import KVCache, TextKV
 from dsa_rt.errors import OptionError, ShapeError
 from dsa_rt.ops import layers as ops
 from dsa_rt.plan import ActiveSet
@@ -89,10 +88,13 @@ class WanConfig:
 
 
 class AttentionCache(Protocol):
-    """Where self-attention keeps K and V between passes."""
+    """Where self-attention keeps K and V between passes. A layer writes its active rows, then reads."""
 
-    def update(self, layer: int, k: Tensor, v: Tensor, active: ActiveSet) -> tuple[Tensor, Tensor]:
-        """Take k, v [B, A, H, D] of the active rows; return the attended K and V [B, N, H, D]."""
+    def destination(self, layer: int, active: ActiveSet) -> tuple[Tensor, Tensor, Tensor | None]:
+        """K and V [B, N, H, D] to write to, and the row in them of each active token; None: rows 0 to A - 1."""
+
+    def attended(self, layer: int, active: ActiveSet) -> tuple[Tensor, Tensor]:
+        """The attended K and V [B, n, H, D], once the active rows are written."""
 
 
 class Output(NamedTuple):
@@ -119,18 +121,32 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
 
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))
+
 
 class SelfAttention(Attention):
     """Attention of the active rows to the rows of a cache, with RoPE."""
 
     def forward(self, x: Tensor, active: ActiveSet, layer: int, cache: AttentionCache | None) -> Tensor:
         """x [B, A, dim]; cache None makes the active rows attend to each other."""
-        q, k = ops.qk_norm_rope(
-            self.q(x), self.k(x), self.norm_q.weight, self.norm_k.weight, active.cos, active.sin, self.heads, self.eps
-        )
-        v = self.v(x).unflatten(-1, (self.heads, -1))
-        if cache is not None:
-            k, v = cache.update(layer, k, v, active)
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        weights = self.norm_q.weight, self.norm_k.weight
+        norms = *weights, active.cos, active.sin
+        if ops.wants_gradient(q, k, v, *weights):
+            q, k, v = ops.qk_norm_rope(q, k, v, *norms, self.heads, self.eps)
+            if cache is not None:
+                if not isinstance(cache, KVCache):
+                    raise OptionError(f"no gradient goes through a {type(cache).__name__}; use torch.no_grad()")
+                k, v = cache.update(layer, k, v, active)
+        elif cache is None:
+            keys, values = (self._split(torch.empty_like(t)) for t in (k, v))
+            q = ops.qk_norm_rope_store(keys, values, q, k, v, *norms, None, self.eps)
+            k, v = keys, values
+        else:
+            keys, values, slots = cache.destination(layer, active)
+            q = ops.qk_norm_rope_store(keys, values, q, k, v, *norms, slots, self.eps)
+            k, v = cache.attended(layer, active)
         return self.o(ops.active_attention(q, k, v).flatten(-2))
 
 
@@ -159,8 +175,15 @@ class CrossAttention(Attention):
             y = y + ops.active_attention(q, *image)
         return self.o(y.flatten(-2))
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1))
+
+class FeedForward(nn.Sequential):
+    """Linear, GELU in its tanh form, Linear."""
+
+    def __init__(self, dim: int, wide: int) -> None:
+        super().__init__(nn.Linear(dim, wide), nn.GELU("tanh"), nn.Linear(wide, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[2](ops.linear_gelu(cast(nn.Linear, self[0]), x))
 
 
 class Block(nn.Module):
@@ -171,9 +194,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(config.dim, config.heads, config.eps)
         self.cross_attn = CrossAttention(config.dim, config.heads, config.eps, config.image_dim is not None)
         self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
-        self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, config.dim)
-        )
+        self.ffn = FeedForward(config.dim, config.ffn_dim)
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
 
@@ -289,9 +310,10 @@ class WanModel(nn.Module):
             if layer - 1 in taps:
                 tapped.append(x)
             y = block.self_attn(h, active, layer, cache)
-            x = ops.residual(x, y, m[2], index)
+            shift, scale = _affine(block.norm3)
+            x, h = ops.residual_norm_modulate(x, y, m[2], shift, scale, index, eps, keep=layer - 1 in taps)
             image = None if text.image_layers is None else text.image_layers[layer]
-            y = block.cross_attn(_affine_norm(x, block.norm3), text.layers[layer], image)
+            y = block.cross_attn(h, text.layers[layer], image)
             x, h = ops.residual_norm_modulate(x, y, None, m[3], m[4], index, eps)
             y, gate = block.ffn(h), m[5]
         assert y is not None  # WanConfig has a layer or more
@@ -302,6 +324,6 @@ class WanModel(nn.Module):
         return Output(self.head.head(h), tapped)
 
 
-def _affine_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    weight, bias = norm.weight.float(), norm.bias.float()
-    return F.layer_norm(x.float(), (x.shape[-1],), weight, bias, norm.eps).to(x.dtype)
+def _affine(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """An affine norm as tables of modulation [1, 1, C]: shift and scale of all tokens."""
+    return norm.bias.float()[None, None], norm.weight.float()[None, None] - 1

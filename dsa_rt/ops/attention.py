@@ -7,29 +7,45 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dsa_rt.ops.backend import ran_native, register
+from dsa_rt.ops.backend import register, served
 from dsa_rt.reference import layers as reference
 
-register("active_attention(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k, Tensor v) -> ()")
+register(
+    "active_attention(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k, Tensor v, Tensor? segments=None) -> ()"
+)
 
 
 def active_attention(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None = None, *, backend: str | None = None
-) -> None:
-    """``out = softmax(q kᵀ / √D) v`` for each head; no mask: all rows of k and v are attended, so pass the valid ones.
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None = None, segments: Tensor | None = None, *,
+    backend: str | None = None,
+) -> None:  # fmt: skip
+    """``out = softmax(q kᵀ / √D) v`` for each head; no mask: all rows of k and v are attended, so pass the valid ones,
+    or say in ``segments`` which queries attend to which.
 
     out, q [B, A, H, D]; k, v [B, N, H, D], N and D at least 1: fp32 or bf16 alike, the last dimension contiguous,
     other strides free (a slice of a larger cache is fine). ``lse`` [B, H, A] fp32 receives the natural log-sum-exp of
-    each row's scaled scores. Products, softmax and sums are fp32; with bf16 dot products the softmax's weights are
-    rounded to bf16. Natively a row's result has the same bits in every active set, at every position in it, for every
-    number of threads and in every run; it may differ in the last place between processors.
+    each row's scaled scores. ``segments`` [S, 5] int64 on the CPU: for each the number of its queries, which are the
+    next ones, then begin, end, begin, end of the rows they attend to. The numbers sum to A; ranges lie in [0, N] and do
+    not overlap, and one of the two may be empty. Products, softmax and sums are fp32; with bf16 dot products the
+    softmax's weights are rounded to bf16. Natively a row's result has the same bits in every active set, at every
+    position in it, beside whatever segments, for every number of threads and in every run; it may differ in the last
+    place between processors.
 
-    Raises :class:`dsa_rt.errors.ShapeError` for a wrong shape, dtype, device, stride or overlap of an output with
-    another argument, before anything is written, and :class:`dsa_rt.errors.OptionError` for a ``backend`` that cannot
-    serve the call or where a gradient is wanted.
+    Raises :class:`dsa_rt.errors.ShapeError` for a wrong shape, dtype, device, stride, segment or overlap of an output
+    with another argument, before anything is written, and :class:`dsa_rt.errors.OptionError` for a ``backend`` that
+    cannot serve the call or where a gradient is wanted.
     """
-    if ran_native("active_attention", backend, out, (out, lse, q, k, v)):
+    if ran(out, q, k, v, lse, segments, backend):
         return
-    out.copy_(reference.active_attention(q, k, v))
+    out.copy_(reference.active_attention(q, k, v, segments))
     if lse is not None:
-        lse.copy_(reference.attention_log_sum_exp(q, k))
+        lse.copy_(reference.attention_log_sum_exp(q, k, segments))
+
+
+def ran(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None = None, segments: Tensor | None = None,
+    backend: str | None = None,
+) -> bool:  # fmt: skip
+    """:func:`active_attention` where a kernel takes the call; False where the definition would have to, and nothing is
+    run."""
+    return served("active_attention", backend, out, (out, lse, q, k, v), segments)

@@ -1,7 +1,8 @@
 """Which backend serves an op: decided here, by device, dtype and what is installed, and nowhere else.
 
 ``native`` is the compiled module ``dsa_rt._native``; ``torch`` is the framework, running the definition of
-the op in :mod:`dsa_rt.reference`. A caller may ask for one by name: it is used, or refused with the reason.
+the op in :mod:`dsa_rt.reference`; any other name is a backend that brings its own functions. A caller may ask for one
+by name: it is used, or refused with the reason.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dsa_rt.errors import OptionError
+from dsa_rt.ops import triton
 
 try:
     from dsa_rt import _native as native
@@ -30,7 +32,10 @@ _FLOATS = (torch.float32, torch.bfloat16)
 class Implementation:
     """One way to run an op. Empty ``devices`` or ``dtypes`` mean any; ``note`` says what it is made of.
 
-    ``yields``: for which dtypes it is left to the next one, though it could serve them, and why.
+    ``yields``: for which dtypes it is left to the next one, though it could serve them, and why. ``missing``: why it
+    cannot run on this machine at all. ``run``: what serves a call, with the arguments of the op's schema, where that is
+    neither the native module nor the definition. ``refuses``: of the same arguments, why this one call is left to the
+    next one, or None; for what device and dtype do not say.
     """
 
     backend: str
@@ -38,9 +43,14 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...] = ()
     note: str = ""
     yields: tuple[tuple[torch.dtype, str], ...] = ()
+    missing: str = ""
+    run: Callable[..., None] | None = None
+    refuses: Callable[..., str | None] | None = None
 
     def refusal(self, device: str, dtype: torch.dtype) -> str | None:
         """Why this cannot serve tensors of that device and dtype; None when it can."""
+        if self.missing:
+            return self.missing
         if self.devices and device not in self.devices:
             if self.backend == "native" and device == "cuda" and not native.build_info()["cuda"]:
                 return "the native module was built without CUDA kernels (no nvcc was found)"
@@ -71,11 +81,9 @@ def _native_note() -> str:
 
 
 _NATIVE_DEVICES = ("cpu", "cuda") if native.build_info()["cuda"] else ("cpu",)
-_STEP = (
-    Implementation("native", _NATIVE_DEVICES, _FLOATS, _native_note()),
-    Implementation("torch", note="the definition in dsa_rt.reference"),
-)
-_FRAMEWORK = (Implementation("torch", note="the framework's kernels; no native version yet"),)
+_DEFINITION = Implementation("torch", note="the definition in dsa_rt.reference")
+_FLOAT_ROWS = (Implementation("native", _NATIVE_DEVICES, _FLOATS, _native_note()), _DEFINITION)
+_ANY_ROWS = (Implementation("native", _NATIVE_DEVICES, note=_native_note()), _DEFINITION)
 
 
 def _attention() -> tuple[Implementation, ...]:
@@ -87,62 +95,91 @@ def _attention() -> tuple[Implementation, ...]:
         yields = tuple((dtype, "native has no vector kernels for this processor") for dtype in _FLOATS)
     elif info["amx_bf16"]:
         yields = ((torch.bfloat16, "native does not use this processor's matrix unit (AMX), the framework does"),)
-    return (
-        Implementation("native", ("cpu",), _FLOATS, _native_note(), yields),
-        Implementation("torch", note="the framework's fused kernel"),
-    )
+    rows = [Implementation("native", ("cpu",), _FLOATS, _native_note(), yields)]
+    if info["cuda"]:
+        note = "CUDA kernel for compute capability 9.0, D 64 and 128"
+        rows.append(Implementation("native", ("cuda",), (torch.bfloat16,), note, refuses=_not_for_hopper))
+    return (*rows, Implementation("torch", note="the framework's fused kernel"))
 
 
-# Best first. Rows are added here as native versions come in.
+def _not_for_hopper(out: Tensor, *_: Any) -> str | None:
+    """What the module would find too, but later."""
+    if torch.cuda.get_device_capability(out.device) != (9, 0):
+        return f"{torch.cuda.get_device_name(out.device)} is no device of compute capability 9.0"
+    return None if out.shape[3] in (64, 128) else f"the head dimension is {out.shape[3]}, expected 64 or 128"
+
+
+# Best first. Rows are added here as other backends come in.
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
-    "philox_normal": _STEP,
-    "renoise": _STEP,
-    "cached_step": _STEP,
-    "exit_decision": _STEP,
-    "norm_modulate": _FRAMEWORK,
-    "residual_norm_modulate": _FRAMEWORK,
-    "qk_norm_rope": _FRAMEWORK,
+    "philox_normal": _FLOAT_ROWS,
+    "renoise": _FLOAT_ROWS,
+    "cached_step": _FLOAT_ROWS,
+    "exit_decision": _FLOAT_ROWS,
+    "norm_modulate": _FLOAT_ROWS,
+    "residual_norm_modulate": _FLOAT_ROWS,
+    "qk_norm_rope_store": _FLOAT_ROWS,
     "active_attention": _attention(),
-    "confidence_pool": _FRAMEWORK,
+    "gather_rows": _ANY_ROWS,
+    "scatter_rows": _ANY_ROWS,
+    "confidence_pool": _FLOAT_ROWS,
 }
 
 
+def _with_triton(op: str, rows: tuple[Implementation, ...]) -> tuple[Implementation, ...]:
+    """Triton comes last: it serves where it is asked for, until it has been measured on a GPU."""
+    missing = "" if triton.installed() else "Triton is not installed"
+    last = Implementation(
+        "triton", ("cuda",), note="Triton kernels", missing=missing, run=triton.runner(op),
+    )  # fmt: skip
+    return (*rows, last)
+
+
+IMPLEMENTATIONS = {op: _with_triton(op, rows) for op, rows in IMPLEMENTATIONS.items()}
+
+
 def choose(op: str, device: str, dtype: torch.dtype, backend: str | None = None) -> str:
-    """The backend that runs ``op`` for tensors of that device type and dtype.
+    """The backend that runs ``op`` for tensors of that device type and dtype; the first one, if several could.
 
     With ``backend`` that one, or :class:`OptionError` with the reason why it cannot.
     """
+    return _candidates(op, device, dtype, backend)[0].backend
+
+
+def _candidates(op: str, device: str, dtype: torch.dtype, backend: str | None) -> list[Implementation]:
+    """What can serve such tensors, best first; one at least."""
     implementations = IMPLEMENTATIONS[op]
     if backend is None:
-        for implementation in implementations:
-            if implementation.passed_over(device, dtype) is None:
-                return implementation.backend
+        able = [i for i in implementations if i.passed_over(device, dtype) is None]
+        if able:
+            return able
         reasons = "; ".join(str(i.passed_over(device, dtype)) for i in implementations)
         raise OptionError(f"{op}: no backend serves {dtype} on {device!r}: {reasons}")
-    for implementation in implementations:
-        if implementation.backend == backend:
-            reason = implementation.refusal(device, dtype)
-            if reason is None:
-                return backend
-            raise OptionError(f"{op}: backend {backend!r} was asked for, but {reason}")
-    known = ", ".join(i.backend for i in implementations)
-    raise OptionError(f"{op}: unknown backend {backend!r}, expected one of {known}")
+    asked = [i for i in implementations if i.backend == backend]
+    if not asked:
+        known = ", ".join(dict.fromkeys(i.backend for i in implementations))
+        raise OptionError(f"{op}: unknown backend {backend!r}, expected one of {known}")
+    able = [i for i in asked if i.refusal(device, dtype) is None]
+    if able:
+        return able
+    nearest = next((i for i in asked if device in i.devices), asked[0])
+    raise OptionError(f"{op}: backend {backend!r} was asked for, but {nearest.refusal(device, dtype)}")
 
 
 def describe(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Choice]:
     """What serves each op on a device, and why, for ``dsa-rt doctor``."""
     rows = []
     for op, implementations in IMPLEMENTATIONS.items():
-        passed: list[str] = []
+        passed: dict[str, str] = {}
         for implementation in implementations:
             why_not = implementation.passed_over(device, dtype)
             if why_not is None:
                 reason = implementation.note
-                if device == "cuda" and implementation.backend == "native":
+                if device == "cuda" and "cpu" in implementation.devices:
                     reason = f"CUDA kernels for {native.build_info()['cuda']}"
-                rows.append(Choice(op, device, implementation.backend, "; ".join([*passed, reason])))
+                passed.pop(implementation.backend, None)  # the same one for other devices
+                rows.append(Choice(op, device, implementation.backend, "; ".join([*passed.values(), reason])))
                 break
-            passed.append(why_not)
+            passed[implementation.backend] = why_not
     return rows
 
 
@@ -172,23 +209,44 @@ def register(schema: str) -> None:
     torch.library.register_fake(f"dsa_rt::{name}", fake, lib=_LIBRARY)
 
 
-def ran_native(
-    op: str, backend: str | None, decides: Tensor, tensors: tuple[Tensor | None, ...], *scalars: float
+def served(
+    op: str, backend: str | None, decides: Tensor, tensors: tuple[Tensor | None, ...], *others: Any
 ) -> bool:
-    """Runs the call in the native module where that is the choice; else checks it, for the caller to run.
+    """Runs the call in the backend of choice; where that is the definition, checks it, for the caller to run.
 
-    The choice goes by device and dtype of ``decides``; tensors and scalars are in the order of the schema.
+    The choice goes by device and dtype of ``decides``; ``tensors``, all on one device, and ``others``, among which
+    tensors are on the CPU, are in the order of the schema.
     """
     # What is no tensor, or on another device, goes to the check, which says so: the dispatcher would complain
     # in its own words, or take a kernel by one tensor of many.
     uniform = isinstance(decides, Tensor) and all(
         t is None or (isinstance(t, Tensor) and t.device == decides.device) for t in tensors
     )
+    uniform = uniform and all(not isinstance(t, Tensor) or t.is_cpu for t in others)
     if uniform and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise OptionError(f"{op}: not differentiable; use torch.no_grad(), or dsa_rt.reference to train")
-    if uniform and choose(op, decides.device.type, decides.dtype, backend) == "native":
-        getattr(torch.ops.dsa_rt, op)(*tensors, *scalars)
-        return True
-    if not torch.compiler.is_compiling():
-        getattr(native, f"check_{op}")(*tensors, *scalars)
-    return False
+    call = (*tensors, *others)
+    if not uniform:
+        getattr(native, f"check_{op}")(*call)
+        return False
+    candidates = _candidates(op, decides.device.type, decides.dtype, backend)
+    for chosen in candidates:
+        why_not = None if chosen.refuses is None else chosen.refuses(*call)
+        if why_not is not None:
+            if chosen is candidates[-1]:
+                raise OptionError(f"{op}: backend {chosen.backend!r} has no kernel for this: {why_not}")
+        elif chosen.backend == "native":
+            try:
+                getattr(torch.ops.dsa_rt, op)(*call)
+                return True
+            except native.Unserved:
+                if chosen is candidates[-1]:
+                    raise
+        else:
+            if not torch.compiler.is_compiling():
+                getattr(native, f"check_{op}")(*call)
+            if chosen.run is None:
+                return False
+            chosen.run(*call)
+            return True
+    raise AssertionError("the last candidate serves the call or says why not")

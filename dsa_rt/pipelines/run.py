@@ -295,4 +295,4 @@ def _memory(
     text = 2 * config.layers * batch * branches * text_rows * config.dim * dtype.itemsize
     wide = 1 + (branches if extrapolated else 0)  # fp32 rows: velocity after guidance, slopes
     rows = batch * plan.tokens * config.velocity_dim * (branches * dtype.itemsize + 4 * wide)
-    return MemoryPlan(0, sync_bytes(*kept) + text, rows, 0, 0, host=sync_host_bytes(*kept), storage=storage)
+    return MemoryPlan(0, sync_bytes(*kept) + text, 0, 0, 0, rows, sync_host_bytes(*kept), storage)

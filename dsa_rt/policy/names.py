@@ -10,7 +10,7 @@ from dsa_rt.errors import PolicyError
 from dsa_rt.policy.base import Policy
 from dsa_rt.policy.dsa import DSA, TARGETS
 from dsa_rt.policy.fixed import Fixed
-from dsa_rt.policy.hsa import HSA, PRESETS
+from dsa_rt.policy.hsa import HSA, OURS, PRESETS
 
 _DSA = {
     "dsa": DSA(),
@@ -19,7 +19,7 @@ _DSA = {
     "dsa-calibrated": DSA("calibrated"),
     "dsa-calibrated-retest": DSA("calibrated", retest=True),
 }
-_HSA = {**PRESETS, "hsa": HSA()}
+_HSA = {**PRESETS, **OURS, "hsa": HSA()}
 NAMES = ("dense", "fixed-N", "fixed-N-then-M", *_DSA, *_HSA)
 HSA_OPTIONS = ("groups=", "window=", "selection=", "update=", "strength=", "steps=")
 OPTIONS = ("passes=", "calls=", "fps=", "retest", "retest=no", "first=free")
@@ -34,8 +34,8 @@ def parse_policy(policy: str | Policy) -> Policy:
     can, else paper), dsa-paper, dsa-paper-retest, dsa-calibrated (the same as dsa-calibrated-retest). Those
     of DSA take options after a colon, separated by commas: one target (passes=2.5 per chunk, calls=24 per
     clip, fps=16), retest or retest=no, first=free; see :class:`DSA`. For many-step bundles: hsa-75a, hsa-75b,
-    hsa-50 (the same as hsa) and hsa-25; options are groups=0.16@40+0.84@10 (share of the tokens @ steps),
-    window=0.8, selection=random, update=extrapolated, strength=0.5, steps=40; see :class:`HSA`.
+    hsa-50 (the same as hsa), hsa-25, window-75 and window-55; options are groups=0.16@40+0.84@10 (share of
+    the tokens @ steps), window=0.8, selection=random, update=extrapolated, strength=0.5, steps=40; see :class:`HSA`.
     :class:`PolicyError` for anything else, with the nearest name.
     """
     if isinstance(policy, Policy):

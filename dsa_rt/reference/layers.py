@@ -1,7 +1,9 @@
 """Definitions of the transformer ops: plain fp32 PyTorch, pure functions, differentiable.
 
 Shapes: B batch, A active tokens, N attended cache rows, C channels, H heads, D = C / H, R modulation rows.
-Every function computes in fp32 and returns the dtype of its first argument.
+Every function computes in fp32 throughout, rounds each value it returns once, and returns the dtype of its first
+argument unless it says otherwise. An op of :mod:`dsa_rt.ops` writes into its outputs, the function of its name here
+returns new tensors.
 """
 
 from __future__ import annotations
@@ -11,30 +13,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _per_token(table: Tensor, rows: Tensor) -> Tensor:
+def _per_token(table: Tensor, rows: Tensor | None) -> Tensor:
     """Rows of a modulation table ``[B, R, C]`` for each token; one row for all tokens broadcasts."""
-    return table if table.shape[1] == 1 else table.index_select(1, rows)
+    if table.shape[1] == 1:
+        return table
+    assert rows is not None
+    return table.index_select(1, rows)
 
 
-def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor, eps: float) -> Tensor:
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float) -> Tensor:
     """LayerNorm without affine, then ``y * (1 + scale[r]) + shift[r]`` with r the token's modulation row.
 
-    x [B, A, C]; shift, scale [B or 1, R, C] fp32; rows [A] int64.
+    x [B, A, C]; shift, scale [B or 1, R or 1, C] fp32; rows [A] int64, not read where both tables have one row.
     """
     normed = F.layer_norm(x.float(), (x.shape[-1],), None, None, eps)
     return (normed * (1 + _per_token(scale, rows)) + _per_token(shift, rows)).to(x.dtype)
 
 
 def residual_norm_modulate(
-    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, rows: Tensor, eps: float
+    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """``x + gate[r] * y`` and :func:`norm_modulate` of that sum; gate None means 1. Returns (sum, normed)."""
+    """:func:`residual`, and :func:`norm_modulate` of that sum as it was rounded. Returns (sum, normed).
+
+    An affine LayerNorm is the same with ``shift = bias`` and ``scale = weight - 1``, both [1, 1, C].
+    """
     x = residual(x, y, gate, rows)
     return x, norm_modulate(x, shift, scale, rows, eps)
 
 
-def residual(x: Tensor, y: Tensor, gate: Tensor | None, rows: Tensor) -> Tensor:
-    """``x + gate[r] * y``, summed in fp32; x, y [B, A, C], gate [B, R, C] fp32 or None for 1."""
+def residual(x: Tensor, y: Tensor, gate: Tensor | None, rows: Tensor | None) -> Tensor:
+    """``x + gate[r] * y``; x, y [B, A, C], gate [B or 1, R or 1, C] fp32 or None for 1."""
     if gate is None:
         return x + y
     return (x.float() + y.float() * _per_token(gate, rows)).to(x.dtype)
@@ -53,26 +61,58 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
 
 
-def qk_norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
-) -> tuple[Tensor, Tensor]:
-    """RMSNorm of q and k over C, then RoPE per head. q, k [B, A, C] -> [B, A, H, D]."""
-    q = rms_norm(q, q_weight, eps).unflatten(-1, (heads, -1))
-    k = rms_norm(k, k_weight, eps).unflatten(-1, (heads, -1))
-    return rope(q, cos, sin), rope(k, cos, sin)
+def qk_norm_rope_store(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """RMSNorm of q and k over C, then RoPE per head; v as it is. q, k, v [B, A, C] -> [B, A, H, D] each.
+
+    The rows to be stored: in a cache [B, N, H, D] they replace those at ``slots``, see :func:`scatter_rows`.
+    """
+    q_rows, k_rows = (
+        rope(rms_norm(x.float(), weight, eps).unflatten(-1, (heads, -1)), cos, sin).to(x.dtype)
+        for x, weight in ((q, q_weight), (k, k_weight))
+    )
+    return q_rows, k_rows, v.unflatten(-1, (heads, -1))
 
 
-def active_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """``x[:, rows]``: x [B, N, ...], rows [A] int64 in [0, N) -> [B, A, ...]."""
+    return x.index_select(1, rows)
+
+
+def scatter_rows(x: Tensor, rows: Tensor, src: Tensor) -> Tensor:
+    """x [B, N, ...] with ``x[:, rows] = src``; src [B, A, ...], rows [A] int64 in [0, N), distinct."""
+    return x.index_copy(1, rows, src)
+
+
+def active_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = None) -> Tensor:
     """Softmax attention of the active queries to all given rows, no mask.
 
-    q [B, A, H, D]; k, v [B, N, H, D] -> [B, A, H, D].
+    q [B, A, H, D]; k, v [B, N, H, D] -> [B, A, H, D]. segments [S, 5] int64 on the CPU: how many queries a segment
+    has, then begin, end, begin, end of the one or two ranges of rows that they attend to; the segments take the queries
+    in order.
     """
+    if segments is not None:
+        return torch.cat([active_attention(*part) for part in _segments(q, k, v, segments)], 1)
     return torch.einsum("bhan,bnhd->bahd", _scores(q, k).softmax(-1), v.float()).to(q.dtype)
 
 
-def attention_log_sum_exp(q: Tensor, k: Tensor) -> Tensor:
+def attention_log_sum_exp(q: Tensor, k: Tensor, segments: Tensor | None = None) -> Tensor:
     """Natural logarithm of the softmax's denominator in :func:`active_attention`: [B, H, A] fp32."""
+    if segments is not None:
+        return torch.cat([attention_log_sum_exp(q, k) for q, k, _ in _segments(q, k, k, segments)], 2)
     return _scores(q, k).logsumexp(-1)
+
+
+def _segments(q: Tensor, k: Tensor, v: Tensor, segments: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The queries, keys and values of each segment."""
+    parts, start = [], 0
+    for count, begin, end, begin2, end2 in segments.tolist():
+        keys, values = (torch.cat((rows[:, begin:end], rows[:, begin2:end2]), 1) for rows in (k, v))
+        parts.append((q[:, start : start + count], keys, values))
+        start += count
+    return parts
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
@@ -80,11 +120,13 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     return torch.einsum("bahd,bnhd->bhan", q.float(), k.float()) * q.shape[-1] ** -0.5
 
 
-def confidence_pool(query: Tensor, keys: Tensor, tokens: Tensor) -> Tensor:
+def confidence_pool(query: Tensor, keys: Tensor, key_weight: Tensor, tokens: Tensor, eps: float) -> Tensor:
     """One query over all tokens: per head, softmax scores and the weighted sum of the *inputs*.
 
-    query [H, D]; keys [B, A, H, D]; tokens [B, A, C] -> [B, H, C] fp32. Projecting the sum by W_v afterwards
-    equals attention over projected values, since the weights sum to one.
+    query [H, D] fp32, normalised; keys [B, A, C], of which the RMSNorm over C with ``key_weight`` [C] is taken first;
+    tokens [B, A, C] -> [B, H, C] fp32. Projecting the sum by W_v afterwards equals attention over projected values,
+    since the weights sum to one.
     """
-    scores = torch.einsum("hd,bahd->bha", query.float(), keys.float()) * query.shape[-1] ** -0.5
+    normed = rms_norm(keys.float(), key_weight, eps).unflatten(-1, (len(query), -1))
+    scores = torch.einsum("hd,bahd->bha", query.float(), normed) * query.shape[-1] ** -0.5
     return torch.einsum("bha,bac->bhc", scores.softmax(-1), tokens.float())

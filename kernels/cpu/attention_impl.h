@@ -13,10 +13,11 @@
 //   score    for each tile S = Q·Kᵀ in fp32, 6 rows × one panel in registers, with the largest score of each row
 //   weigh    P = exp2((S - m)·c) over S in its place, as packed operands; by how much sums and outputs shrink
 //   gather   O = O·shrink + P·V, 6 rows × one panel in registers
-// The run's queries, sums and outputs stay in scratch that fits L2; a panel stays in L1 for all rows of a tile.
+// The run's queries, sums and outputs stay in scratch that fits L2; a panel stays in L1 for all rows of a tile. Tiles
+// do not cross from one segment into the next, nor blocks of keys from one range into the next.
 //
 // Every row goes through the same instructions in the same order wherever it stands: rows of a register block do not
-// meet, and missing ones are padded. So its result depends on its own query and on K and V alone.
+// meet, and missing ones are padded. So its result depends on its own query and on K and V of its own ranges alone.
 #pragma once
 
 #include <math.h>
@@ -185,9 +186,10 @@ void gather(const Work<V>& w, float* out, int64_t rows, int64_t keys, int64_t fi
   }
 }
 
-// Queries [first, first + rows) of one head.
+// Queries [first, first + rows) of one head, all of one segment.
 template <class V, class T>
-void attend(const AttentionParams& p, const Work<V>& w, int64_t batch, int64_t head, int64_t first, int64_t rows) {
+void attend(const AttentionParams& p, const Work<V>& w, const AttentionSegment& segment, int64_t batch, int64_t head,
+            int64_t first, int64_t rows) {
   const int64_t padded = up(rows, tile_rows);
   V::pack_rows(w.queries, row_of<const T>(p.q, batch, head, first), p.q.row_stride, rows, w.dim);
   memset(w.queries + rows * w.steps, 0, static_cast<size_t>((padded - rows) * w.steps) * 4);
@@ -197,8 +199,7 @@ void attend(const AttentionParams& p, const Work<V>& w, int64_t batch, int64_t h
 
   const double scale = 1.0 / sqrt(static_cast<double>(p.dim));
   const float scale_log2 = static_cast<float>(1.4426950408889634 * scale);  // log2(e)/√D
-  for (int64_t key = 0; key < p.rows; key += key_block) {
-    const int64_t keys = least(key_block, p.rows - key);
+  const auto use_keys = [&](int64_t key, int64_t keys) {
     const T* k = row_of<const T>(p.k, batch, head, key);
     const T* v = row_of<const T>(p.v, batch, head, key);
     for (int64_t i = 0; i < keys; i += w.width)
@@ -214,7 +215,10 @@ void attend(const AttentionParams& p, const Work<V>& w, int64_t batch, int64_t h
       for (int64_t c = 0; c < w.out_width; c += w.width)
         gather<V>(w, w.out + tile * w.out_width, count, keys, c, (w.out_width - c) / V::lanes);
     }
-  }
+  };
+  for (int range = 0; range < 2; ++range)
+    for (int64_t key = segment.begin[range]; key < segment.end[range]; key += key_block)
+      use_keys(key, least(key_block, segment.end[range] - key));
   for (int64_t r = 0; r < rows; ++r) {
     float total = 0.0f;
     for (int l = 0; l < V::lanes; ++l) total += w.sum[r * V::lanes + l];
@@ -230,12 +234,21 @@ void attend(const AttentionParams& p, const Work<V>& w, int64_t batch, int64_t h
 template <class V, class T>
 void run(const AttentionParams& p, void* scratch, int64_t begin, int64_t end) {
   const Work<V> work(scratch, p.dim);
-  const int64_t tiles = (p.active + tile_rows - 1) / tile_rows;
+  const AttentionSegment whole = {p.active, {0, 0}, {p.rows, 0}};
+  const AttentionSegment* segments = p.segments ? p.segments : &whole;
+  const int64_t tiles = attention_tiles(p);
   while (begin < end) {
-    const int64_t head = begin / tiles, first = begin % tiles;
-    const int64_t count = least(least(end - begin, tiles - first), work.run_tiles);
+    const int64_t head = begin / tiles;
+    int64_t first = begin % tiles, query = 0;
+    const AttentionSegment* segment = segments;
+    for (; first >= attention_tiles(segment->queries); ++segment) {
+      first -= attention_tiles(segment->queries);
+      query += segment->queries;
+    }
+    const int64_t count = least(least(end - begin, attention_tiles(segment->queries) - first), work.run_tiles);
     const int64_t row = first * tile_rows;
-    attend<V, T>(p, work, head / p.heads, head % p.heads, row, least(count * tile_rows, p.active - row));
+    attend<V, T>(p, work, *segment, head / p.heads, head % p.heads, query + row,
+                 least(count * tile_rows, segment->queries - row));
     begin += count;
   }
 }

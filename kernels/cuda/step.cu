@@ -4,39 +4,18 @@
 // two launches, fresh rows into the cache (with the score), then all rows; x and the stale part of the cache, most of
 // the bytes, move once. Rows out of range are not written and stop the kernel, as the framework's indexing does;
 // duplicates are for the host to refuse when it plans.
-#include <cuda_bf16.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
 #include "../philox.h"
+#include "common.cuh"
 #include "step.h"
 
 namespace dsa_rt::cuda {
 namespace {
 
-constexpr int threads = 256, warp = 32;
+constexpr int threads = 256;
 
-__device__ float load(const float* p) { return *p; }
-__device__ float load(const __nv_bfloat16* p) { return __bfloat162float(*p); }
-__device__ void store(float* p, float value) { *p = value; }
-__device__ void store(__nv_bfloat16* p, float value) { *p = __float2bfloat16_rn(value); }
-
-template <class T>
-__device__ T* row_of(const Rows& rows, int64_t batch, int64_t row) {
-  return static_cast<T*>(rows.data) + batch * rows.batch_stride + row * rows.row_stride;
-}
-
-int blocks_for(int64_t items) { return static_cast<int>(std::min<int64_t>((items + threads - 1) / threads, 1 << 20)); }
-
-void check_launch(const char* op) {
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess)
-    throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
-}
-
-cudaStream_t stream_of(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
+Grid grid_for(int64_t items) { return {std::min<int64_t>((items + threads - 1) / threads, 1 << 20), 1, threads}; }
 
 template <class Body>
 void with_types(Element x, Element velocity, Body body) {
@@ -96,12 +75,6 @@ __global__ void renoise_kernel(const __grid_constant__ RenoiseParams p, int64_t 
   }
 }
 
-__device__ float warp_sum(float value) {
-#pragma unroll
-  for (int offset = warp / 2; offset; offset /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, offset);
-  return value;
-}
-
 template <class V>
 __global__ void store_fresh_kernel(const __grid_constant__ CachedStepParams p) {
   const int lane = threadIdx.x % warp;
@@ -155,34 +128,30 @@ void philox_normal(const PhiloxNormalParams& p, uintptr_t stream) {
   const int64_t items = p.batch * p.rows * ((p.width + 3) / 4);
   if (!items) return;
   with_types(p.out.element, Element::float32, [&](auto type, auto) {
-    philox_normal_kernel<decltype(type)><<<blocks_for(items), threads, 0, stream_of(stream)>>>(p, items);
+    launch("philox_normal", philox_normal_kernel<decltype(type)>, grid_for(items), stream, p, items);
   });
-  check_launch("philox_normal");
 }
 
 void renoise(const RenoiseParams& p, uintptr_t stream) {
   const int64_t items = p.batch * p.rows * ((p.width + 3) / 4);
   if (!items) return;
   with_types(p.x.element, p.velocity.element, [&](auto x, auto velocity) {
-    renoise_kernel<decltype(x), decltype(velocity)><<<blocks_for(items), threads, 0, stream_of(stream)>>>(p, items);
+    launch("renoise", renoise_kernel<decltype(x), decltype(velocity)>, grid_for(items), stream, p, items);
   });
-  check_launch("renoise");
 }
 
 void cached_step(const CachedStepParams& p, uintptr_t stream) {
   const int64_t fresh = p.batch * p.active * warp, all = p.batch * p.rows * warp;
   if (!all) return;
   with_types(p.x.element, p.cache.element, [&](auto x, auto velocity) {
-    if (fresh) store_fresh_kernel<decltype(velocity)><<<blocks_for(fresh), threads, 0, stream_of(stream)>>>(p);
-    advance_kernel<decltype(x), decltype(velocity)><<<blocks_for(all), threads, 0, stream_of(stream)>>>(p);
+    using V = decltype(velocity);
+    if (fresh) launch("cached_step", store_fresh_kernel<V>, grid_for(fresh), stream, p);
+    launch("cached_step", advance_kernel<decltype(x), V>, grid_for(all), stream, p);
   });
-  check_launch("cached_step");
 }
 
 void exit_decision(const ExitDecisionParams& p, uintptr_t stream) {
-  if (!p.batch) return;
-  exit_decision_kernel<<<blocks_for(p.batch), threads, 0, stream_of(stream)>>>(p);
-  check_launch("exit_decision");
+  if (p.batch) launch("exit_decision", exit_decision_kernel, grid_for(p.batch), stream, p);
 }
 
 }  // namespace dsa_rt::cuda

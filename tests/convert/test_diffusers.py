@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from published import CHANNELS, pipeline
 from torch import nn
 
 import dsa_rt
+from dsa_rt import reference
 from dsa_rt.bundle import open_bundle
 from dsa_rt.codec.tiny import TinyDecoded
 from dsa_rt.convert import Choices, convert
 from dsa_rt.convert.names import from_diffusers
+from dsa_rt.generate import Generate
+from dsa_rt.plan import TokenGrid
 
 from .conftest import Published
 
@@ -97,6 +101,19 @@ def test_text_to_video_runs(published: Published, tmp_path: Path) -> None:
     assert torch.equal(torch.cat([c.frames for c in generate.stream("a red ball", seed=3)]), red.frames)
 
 
+def test_prompts_that_are_too_long(published: Published, tmp_path: Path) -> None:
+    """Refused with their number of tokens and the limit, before anything of a list is made; nothing is cut off."""
+    convert(published("t2v"), tmp_path / "b")
+    generate = dsa_rt.load(tmp_path / "b", dtype="fp32").compile(height=16, width=16, frames=5, steps=1)
+    fits, long, seen = "cat " * 511, "cat " * 512, []
+    assert generate(fits).frames.shape == (5, 16, 16, 3)
+    for ask in (lambda: generate(long), lambda: generate("cat", negative_prompt=long),
+                lambda: generate(["cat", long], on_event=seen.append)):  # fmt: skip
+        with pytest.raises(dsa_rt.PromptError, match=r"'cat .* has 513 tokens; this text encoder reads 512: shorten"):
+            ask()
+    assert not seen
+
+
 @pytest.mark.parametrize("kind", ["t2v-a14b", "ti2v"])
 def test_other_kinds_run_from_text(published: Published, tmp_path: Path, kind: str) -> None:
     convert(published(kind), tmp_path / "b")
@@ -107,6 +124,35 @@ def test_other_kinds_run_from_text(published: Published, tmp_path: Path, kind: s
         one = dataclasses.replace(runtime, model_2=runtime.model)
         other = one.compile(height=32, width=64, frames=5, steps=4)("a red ball", seed=3)
         assert (other.latents - video.latents).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("scales", [(4.0, 2.5), (4.0, None), (3.0, 1.0)])
+def test_two_experts_have_scales_of_their_own(
+    published: Published, tmp_path: Path, scales: tuple[float, float | None]
+) -> None:
+    """The whole run against WanPipeline's with guidance_scale_2, on the same noise and noise levels."""
+    theirs = pipeline("t2v-a14b")
+    theirs.set_progress_bar_config(disable=True)
+    convert(published("t2v-a14b"), tmp_path / "b")
+    runtime = dsa_rt.load(tmp_path / "b", dtype="fp32")
+    size = {"height": 32, "width": 64}
+    generate = runtime.compile(**size, frames=5, steps=4, guidance_scale=scales[0], guidance_scale_2=scales[1])
+    rows = reference.philox_normal(torch.tensor([3]), torch.arange(16), 4 * CHANNELS, 0)
+    expected = theirs(
+        "a red ball", "a blue cat", **size, num_frames=5, num_inference_steps=4, guidance_scale=scales[0],
+        guidance_scale_2=scales[1], latents=TokenGrid(2, 4).unpatchify(rows), output_type="latent",
+    ).frames[0]  # fmt: skip
+    sigmas = tuple(theirs.scheduler.sigmas.tolist())  # diffusers' Euler grid ends elsewhere than ours
+    assert sigmas[1] > 0.875 > sigmas[2]
+    generate = Generate(runtime, dataclasses.replace(generate.settings, sigmas=sigmas))
+    video = generate("a red ball", seed=3, negative_prompt="a blue cat")
+    assert expected.std() > 0.1 and (video.latents - expected).abs().max() <= 1e-4
+    second = scales[0] if scales[1] is None else scales[1]
+    assert video.stats.settings["guidance_2"] == second and video.stats.chunks[0].calls_per_pass == 2
+    alone = runtime.compile(**size, frames=5, steps=4, guidance_scale=1, guidance_scale_2=2.5)
+    assert alone.settings.guided and not runtime.compile(**size, frames=5, steps=4, guidance_scale=1).settings.guided
+    with pytest.raises(dsa_rt.OptionError, match=r"guidance_scale_2 is -1; expected a number from 0 to 100"):
+        runtime.compile(**size, guidance_scale_2=-1)
 
 
 @pytest.mark.parametrize("kind", ["i2v", "i2v-a14b", "ti2v"])
@@ -186,6 +232,33 @@ def test_dtype_is_that_of_all_weights(published: Published, tmp_path: Path, dtyp
     same(dsa_rt.load(tmp_path / "b", dtype=dtype).model, pipeline("t2v").transformer, number)
 
 
+def keep_in_fp32(module: nn.Module, half: torch.dtype, parts: list[str]) -> None:
+    for name, parameter in module.named_parameters():
+        if not any(part in name for part in parts):
+            parameter.data = parameter.data.to(half)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_with_parts_in_fp32(published: Published, tmp_path: Path, dtype: str) -> None:
+    """As the libraries load half models and save them again: what they keep in fp32 stays so, bit for bit."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    theirs = pipeline("t2v")
+    keep_in_fp32(theirs.transformer, half, theirs.transformer._keep_in_fp32_modules)
+    keep_in_fp32(theirs.text_encoder, half, theirs.text_encoder._keep_in_fp32_modules if dtype == "fp16" else [])
+    theirs.save_pretrained(tmp_path / "half")
+    bundle = convert(tmp_path / "half", tmp_path / "b")
+    for component, module in {"generator": theirs.transformer, "text_encoder": theirs.text_encoder}.items():
+        expected = Counter(parameter.dtype for parameter in module.parameters())
+        assert Counter(entry.dtype for entry in bundle.tensors[component].values()) == expected
+        assert set(expected) == ({half} if (component, dtype) == ("text_encoder", "bf16") else {half, torch.float32})
+    same(dsa_rt.load(tmp_path / "b", dtype="fp32").model, theirs.transformer)
+    runtime = dsa_rt.load(tmp_path / "b", dtype="bf16")
+    assert {tensor.dtype for tensor in runtime.model.state_dict().values()} == {torch.bfloat16}
+    assert runtime.compile(height=16, width=32, frames=5, steps=1)("a red ball").frames.float().std() > 1
+    asked = convert(tmp_path / "half", tmp_path / "c", dtype=dtype)
+    assert {entry.dtype for part in asked.tensors.values() for entry in part.values()} == {half}
+
+
 def test_parts_from_elsewhere(published: Published, tmp_path: Path) -> None:
     """A transformer's folder alone, with encoders and codec from other folders, together or each its own."""
     source = published("t2v")
@@ -218,6 +291,14 @@ def test_a_whole_umt5_gives_its_encoder(published: Published, tmp_path: Path) ->
     found = convert(tmp_path / "p", tmp_path / "b")
     digest = {entry.path: entry.sha256 for entry in expected.manifest.files}
     assert {entry.path: entry.sha256 for entry in found.manifest.files} == digest
+
+
+def test_the_name_of_a_folder(published: Published, tmp_path: Path) -> None:
+    """Is the bundle's, dots and all; of a file without its suffix."""
+    source = Path(shutil.copytree(published("t2v") / "transformer", tmp_path / "Wan2.1-T2V-1.3B"))
+    assert convert(source, tmp_path / "a").manifest.name == "Wan2.1-T2V-1.3B"
+    file = (source / "diffusion_pytorch_model.safetensors").rename(source / "wan2.1_t2v.safetensors")
+    assert convert(file, tmp_path / "b").manifest.name == "wan2.1_t2v"
 
 
 def test_choices(published: Published, tmp_path: Path) -> None:

@@ -306,6 +306,16 @@ def test_a_mixture_of_dtypes_is_listed(wan: Path, pipe: Path) -> None:
     refused(BundleError, "text_encoder of .* mixes dtypes: .* in fp32 .* 1 in fp16", pipe)
 
 
+def test_two_half_dtypes(tmp_path: Path) -> None:
+    """With or without fp32 beside them; and fp64 beside a half one."""
+    state = {name: tensor.bfloat16() for name, tensor in original_state(transformer(1, 1, 128)).items()}
+    file, odd, wide = tmp_path / "wan.safetensors", "blocks.1.ffn.0.bias", "blocks.0.norm3.bias"
+    for changes, found in [({odd: torch.float16}, "1 in fp16"), ({wide: torch.float64}, "1 in fp64"),
+                           ({odd: torch.float16, wide: torch.float32}, "1 in fp32 .* 1 in fp16")]:  # fmt: skip
+        save_file(state | {name: state[name].to(dtype) for name, dtype in changes.items()}, file)
+        refused(BundleError, f"mixes dtypes: .*{found} .*; choose one with --dtype", file)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_bad_values(wan: Path, bad: float) -> None:
     name = "blocks.0.ffn.2.weight"

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dsa_rt import _native
 
-# Every way to compute a step op on this machine: each instruction set of the native module, the definition.
-PATHS = [*_native.build_info()["instruction_sets"], "torch"]
+# Every way to compute an op on this machine: each instruction set of the native module, the definition.
+KERNELS = _native.build_info()["instruction_sets"]
+PATHS = [*KERNELS, "torch"]
 
 
 @pytest.fixture
@@ -22,6 +23,10 @@ def rng() -> np.random.Generator:
     print(f"random seed {seed}")
     torch.manual_seed(seed)
     return np.random.default_rng(seed)
+
+
+def random(rng: np.random.Generator, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    return torch.from_numpy(scale * rng.standard_normal(shape, dtype=np.float32)).to(dtype)
 
 
 @pytest.fixture(params=PATHS)
@@ -55,18 +60,24 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal bit for bit, except that any NaN equals any NaN."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    integer = {4: torch.int32, 2: torch.int16}[a.element_size()]
-    either = a.contiguous().view(integer) == b.contiguous().view(integer)
-    return bool((either | (a.isnan() & b.isnan())).all())
+    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[a.element_size()]
+    equal = a.contiguous().view(integer) == b.contiguous().view(integer)
+    if a.is_floating_point():
+        equal |= a.float().isnan() & b.float().isnan()
+    return bool(equal.all())
 
 
 def call(path: str, op: str, *arguments: object, threads: int = 1) -> None:
     """Runs ``op`` with the native argument order on one path, past the dispatcher."""
-    from dsa_rt.ops import step
+    from dsa_rt.ops import norm, pool, rope, rows, step
 
     if path != "torch":
         getattr(_native, op)(*arguments, threads=threads, instruction_set=path)
         return
+    for family in (norm, pool, rope, rows):
+        if hasattr(family, op):
+            getattr(family, op)(*arguments, backend="torch")
+            return
     reorder: dict[str, Callable[..., None]] = {
         "philox_normal": step.philox_normal,
         "renoise": lambda out, x0, x, v, seeds, tokens, sigma, sigma_next, draw, backend: step.renoise(

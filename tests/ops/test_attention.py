@@ -14,16 +14,11 @@ from dsa_rt import _native
 from dsa_rt.errors import OptionError, ShapeError
 from dsa_rt.ops import attention, backend, layers
 
-from .conftest import Guarded, poison, same_bits
+from .conftest import KERNELS, Guarded, poison, random, same_bits
 
-KERNELS = _native.build_info()["instruction_sets"]
 FLOATS = [torch.float32, torch.bfloat16]
 kernels = pytest.mark.parametrize("kernel", KERNELS)
 dtypes = pytest.mark.parametrize("dtype", FLOATS)
-
-
-def random(rng: np.random.Generator, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return torch.from_numpy(scale * rng.standard_normal(shape, dtype=np.float32)).to(dtype)
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -51,9 +46,11 @@ def check(kernel: str, out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v:
     assert (abs(out.double().numpy() - result) <= relative * spread + 1.01 * half_ulp * abs(result)).all()
 
 
-def run(kernel: str, q: Tensor, k: Tensor, v: Tensor, threads: int = 1) -> tuple[Tensor, Tensor]:
+def run(
+    kernel: str, q: Tensor, k: Tensor, v: Tensor, threads: int = 1, segments: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     out, lse = poison(*q.shape, dtype=q.dtype), poison(q.shape[0], q.shape[2], q.shape[1])
-    _native.active_attention(out, lse, q, k, v, threads=threads, instruction_set=kernel)
+    _native.active_attention(out, lse, q, k, v, segments, threads=threads, instruction_set=kernel)
     return out, lse
 
 
@@ -169,6 +166,72 @@ def test_steps_between_elements(kernel: str, rng: np.random.Generator) -> None:
     assert same_bits(run(kernel, q, one_row, v)[0], run(kernel, q, one_row.contiguous(), v)[0])
 
 
+def random_segments(rng: np.random.Generator, active: int, rows: int, count: int) -> Tensor:
+    """Segments of one range and of two, in either order, some without queries."""
+    bounds = np.sort(np.concatenate([[0, active], rng.integers(0, active + 1, count - 1)]))
+    made = []
+    for queries in np.diff(bounds).tolist():
+        a, b, c, d = np.sort(rng.integers(0, rows + 1, 4)).tolist()
+        ranges = [[a, b, c, d], [c, d, a, b], [a, a, c, d], [a, b, d, d]][rng.integers(4)]
+        if ranges[0] == ranges[1] and ranges[2] == ranges[3]:
+            ranges = [0, rows, rows, rows]
+        made.append([queries, *ranges])
+    return torch.tensor(made)
+
+
+def of_segment(k: Tensor, segment: list[int]) -> Tensor:
+    _, begin, end, begin2, end2 = segment
+    return torch.cat((k[:, begin:end], k[:, begin2:end2]), 1)
+
+
+@dtypes
+@pytest.mark.parametrize("kernel", [*KERNELS, "torch"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (130, 700, 4), (60, 33, 9), (97, 520, 2)])
+def test_segments(kernel: str, dtype: torch.dtype, sizes: tuple[int, int, int], rng: np.random.Generator) -> None:
+    """Each segment's queries attend to its own ranges; rows that no segment attends to are never read."""
+    active, rows, count = sizes
+    q, k, v = (random(rng, 2, n, 3, 24, dtype=dtype) for n in (active, rows, rows))
+    segments = random_segments(rng, active, rows, count)
+    out, lse = Guarded(poison(2, active, 3, 24, dtype=dtype)), Guarded(poison(2, 3, active))
+    seen = torch.zeros(rows, dtype=torch.bool)
+    for _, begin, end, begin2, end2 in segments.tolist():
+        seen[begin:end] = seen[begin2:end2] = True
+    hidden_k, hidden_v = k.clone(), v.clone()
+    hidden_k[:, ~seen], hidden_v[:, ~seen] = float("nan"), float("nan")
+    if kernel == "torch":
+        attention.active_attention(out.tensor, q, hidden_k, hidden_v, lse.tensor, segments, backend="torch")
+    else:
+        _native.active_attention(
+            out.tensor, lse.tensor, q, hidden_k, hidden_v, segments, threads=2, instruction_set=kernel
+        )
+    start = 0
+    for segment in segments.tolist():
+        here = slice(start, start := start + segment[0])
+        if segment[0]:
+            keys, values = of_segment(k, segment), of_segment(v, segment)
+            check(kernel, out.tensor[:, here], lse.tensor[..., here], q[:, here], keys, values)
+    assert start == active and out.intact() and lse.intact()
+
+
+@dtypes
+@kernels
+def test_a_row_does_not_see_other_segments(kernel: str, dtype: torch.dtype, rng: np.random.Generator) -> None:
+    """Bit for bit as if its segment were alone, whatever others there are; one range is a slice of the rows."""
+    q, k, v = (random(rng, 2, n, 2, 64, dtype=dtype) for n in (150, 600, 600))
+    segments = torch.tensor([[70, 10, 300, 400, 590], [0, 0, 1, 0, 0], [49, 0, 0, 256, 513], [31, 450, 451, 3, 300]])
+    out, lse = run(kernel, q, k, v, 1, segments)
+    for threads in (2, 3, 8):
+        assert all(map(same_bits, run(kernel, q, k, v, threads, segments), (out, lse)))
+    some = run(kernel, q[:, 100:], k, v, 2, torch.tensor([[19, 0, 0, 256, 513], [31, 450, 451, 3, 300]]))
+    assert same_bits(some[0], out[:, 100:]) and same_bits(some[1], lse[..., 100:])
+    alone = run(kernel, q[:, 119:], k, v, 1, segments[3:])
+    assert same_bits(alone[0], out[:, 119:]) and same_bits(alone[1], lse[..., 119:])
+    plain = run(kernel, q[:, 70:119], k[:, 256:513], v[:, 256:513])
+    assert same_bits(plain[0], out[:, 70:119]) and same_bits(plain[1], lse[..., 70:119])
+    whole = run(kernel, q, k, v, 1, torch.tensor([[150, 0, 600, 7, 7]]))
+    assert all(map(same_bits, whole, run(kernel, q, k, v)))
+
+
 def good(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     shapes = {"out": (2, 5, 3, 8), "q": (2, 5, 3, 8), "k": (2, 9, 3, 8), "v": (2, 9, 3, 8)}
     return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()} | {"lse": torch.randn(2, 3, 5)}
@@ -181,6 +244,10 @@ def overlapping(name: str, other: str) -> Callable[[dict[str, Any]], None]:
             arguments[key] = memory[: arguments[key].numel()].view(arguments[key].shape)
 
     return spoil
+
+
+def segmented(rows: list[list[float]]) -> Callable[[dict[str, Any]], None]:
+    return lambda arguments: arguments.update(segments=torch.tensor(rows))
 
 
 SPOILT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -207,6 +274,19 @@ SPOILT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "out and k": (overlapping("out", "k"), "out and k overlap in memory"),
     "lse and v": (overlapping("lse", "v"), "lse and v overlap in memory"),
     "out and lse": (overlapping("out", "lse"), "out and lse overlap in memory"),
+    "segments dtype": (segmented([[5.0, 0, 9, 0, 0]]), "segments has dtype torch.float32, expected int64"),
+    "segments shape": (segmented([[5, 0, 9]]), "segments has shape [1, 3], expected [S, 5]"),
+    "segments device": (lambda a: a.update(segments=torch.zeros(1, 5, dtype=torch.int64, device="meta")),
+                        "segments is on meta, expected cpu, where it is read"),
+    "too few queries": (segmented([[2, 0, 9, 0, 0], [2, 0, 1, 3, 4]]), "segments hold 4 queries, expected A = 5"),
+    "no segment": (lambda a: a.update(segments=torch.zeros(0, 5, dtype=torch.int64)), "segments hold 0 queries, exp"),
+    "too many queries": (segmented([[6, 0, 9, 0, 0]]), "segments[0] is [6, 0, 9, 0, 0], expected 0 to A = 5 q"),
+    "negative queries": (segmented([[6, 0, 9, 0, 0], [-1, 0, 9, 0, 0]]), "expected 0 to A = 5 queries first"),
+    "past the end": (segmented([[5, 0, 9, 9, 10]]), "segments[0] is [5, 0, 9, 9, 10], expected ranges inside [0, 9)"),
+    "before the start": (segmented([[5, -1, 9, 0, 0]]), "expected ranges inside [0, 9), the rows of k"),
+    "backwards": (segmented([[5, 0, 9, 0, 0], [0, 4, 3, 0, 9]]), "segments[1] is [0, 4, 3, 0, 9], expected ranges in"),
+    "no rows": (segmented([[5, 3, 3, 9, 9]]), "segments[0] is [5, 3, 3, 9, 9], expected at least one row in its"),
+    "rows twice": (segmented([[5, 3, 7, 0, 4]]), "segments[0] is [5, 3, 7, 0, 4], expected ranges that do not overlap"),
 }  # fmt: skip
 
 
@@ -248,7 +328,8 @@ def test_every_backend(dtype: torch.dtype, served_by: str | None, rng: np.random
 @pytest.mark.parametrize("lse", [torch.zeros(1, 2, 3), None])
 def test_opcheck(lse: Tensor | None) -> None:
     out, q, k, v = torch.zeros(1, 3, 2, 4), torch.randn(1, 3, 2, 4), torch.randn(1, 5, 2, 4), torch.randn(1, 5, 2, 4)
-    torch.library.opcheck(torch.ops.dsa_rt.active_attention.default, (out, lse, q, k, v))
+    segments = None if lse is None else torch.tensor([[2, 0, 3, 4, 5], [1, 1, 2, 0, 0]])
+    torch.library.opcheck(torch.ops.dsa_rt.active_attention.default, (out, lse, q, k, v, segments))
 
 
 @dtypes

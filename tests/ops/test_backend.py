@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from dsa_rt import _native
-from dsa_rt.errors import OptionError
-from dsa_rt.ops import backend, step
+from dsa_rt.errors import OptionError, ShapeError
+from dsa_rt.ops import backend, rows, step, triton
+from dsa_rt.ops.backend import IMPLEMENTATIONS, choose
 
 
-def test_native_serves_the_step_family_on_cpu() -> None:
-    for op in ("philox_normal", "renoise", "cached_step", "exit_decision"):
+def test_native_serves_every_op_on_cpu() -> None:
+    for op in backend.IMPLEMENTATIONS:
+        if op == "active_attention":  # by the processor, see test_attention
+            continue
         for dtype in (torch.float32, torch.bfloat16):
             assert backend.choose(op, "cpu", dtype) == "native"
             assert backend.choose(op, "cpu", dtype, "torch") == "torch"
@@ -35,6 +38,59 @@ def test_a_backend_is_used_or_refused_with_the_reason() -> None:
         backend.choose("cached_step", "mps", torch.float32, "native")
     with pytest.raises(OptionError, match=r"unknown backend 'cudnn', expected one of native, torch"):
         backend.choose("cached_step", "cpu", torch.float32, "cudnn")
+
+
+def test_a_backend_that_brings_its_own_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets the checked call in the order of the schema, leaves calls that it refuses, and says what is missing."""
+    ran: list[tuple[object, ...]] = []
+
+    def run(out: Tensor, x: Tensor, numbers: Tensor) -> None:
+        ran.append((out, x, numbers))
+        out.fill_(7)
+
+    def refuses(out: Tensor, x: Tensor, numbers: Tensor) -> str | None:
+        return "wide rows are not for it" if x.shape[2] > 3 else None
+
+    other = backend.Implementation("other", ("cpu",), run=run, refuses=refuses)
+    table = (other, *backend.IMPLEMENTATIONS["gather_rows"])
+    monkeypatch.setitem(backend.IMPLEMENTATIONS, "gather_rows", table)
+    out, x, numbers = torch.zeros(1, 2, 3), torch.randn(1, 5, 3), torch.tensor([4, 0])
+    rows.gather_rows(out, x, numbers)
+    assert len(ran) == 1 and (out == 7).all()
+    with pytest.raises(ShapeError, match="expected 0 to 4"):
+        rows.gather_rows(out, x, numbers + 1, backend="other")
+    rows.gather_rows(out, x, numbers, backend="native")
+    assert len(ran) == 1 and torch.equal(out, x[:, numbers])
+    wide_out, wide = torch.zeros(1, 2, 4), torch.randn(1, 5, 4)
+    rows.gather_rows(wide_out, wide, numbers)
+    assert len(ran) == 1 and torch.equal(wide_out, wide[:, numbers])
+    with pytest.raises(OptionError, match="'other' has no kernel for this: wide rows are not for it"):
+        rows.gather_rows(wide_out, wide, numbers, backend="other")
+    gone = backend.Implementation("other", missing="it is not installed")
+    monkeypatch.setitem(backend.IMPLEMENTATIONS, "gather_rows", (gone, *table[1:]))
+    assert backend.choose("gather_rows", "cpu", torch.float32) == "native"
+    with pytest.raises(OptionError, match="'other' was asked for, but it is not installed"):
+        backend.choose("gather_rows", "cpu", torch.float32, "other")
+    (row,) = (r for r in backend.describe() if r.op == "gather_rows")
+    assert row.backend == "native" and row.reason.startswith("it is not installed; ")
+
+
+def test_a_call_that_no_kernel_takes_goes_to_the_next_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Device and dtype do not say all: a kernel may find out from the arguments, and nothing is lost."""
+    out, x, numbers = (t.to("meta") for t in (torch.zeros(1, 2, 0), torch.zeros(1, 5, 0), torch.tensor([4, 0])))
+    with pytest.raises(_native.Unserved, match="gather_rows: backend 'native' has no kernel for this: it was built wi"):
+        _native.gather_rows(out, x, numbers)
+    assert issubclass(_native.Unserved, OptionError)
+
+    def unserved(*_: object) -> None:
+        raise _native.Unserved("too wide")
+
+    monkeypatch.setattr(torch.ops.dsa_rt, "gather_rows", unserved)
+    out, x, numbers = torch.zeros(1, 2, 3), torch.randn(1, 5, 3), torch.tensor([4, 0])
+    rows.gather_rows(out, x, numbers)
+    assert torch.equal(out, x[:, numbers])
+    with pytest.raises(OptionError, match="too wide"):
+        rows.gather_rows(out, x, numbers, backend="native")
 
 
 def test_cuda_is_native_where_it_was_compiled() -> None:
@@ -73,20 +129,35 @@ CALLS = {
         0.1,
     ),
     "exit_decision": (torch.zeros(3, dtype=torch.bool), torch.zeros(3), torch.randn(3), torch.rand(3)),
+    "norm_modulate": (
+        torch.zeros(2, 5, 8), torch.randn(2, 5, 8), torch.randn(2, 3, 8), torch.randn(1, 3, 8), torch.arange(5) % 3,
+        1e-6,
+    ),
+    "residual_norm_modulate": (
+        *torch.zeros(2, 2, 5, 8), *torch.randn(2, 2, 5, 8), torch.randn(2, 1, 8), torch.randn(2, 1, 8),
+        torch.randn(1, 1, 8), torch.arange(5), 1e-6,
+    ),
+    "qk_norm_rope_store": (
+        torch.zeros(2, 5, 2, 4), *torch.zeros(2, 2, 9, 2, 4), *torch.randn(3, 2, 5, 8), *torch.randn(2, 8),
+        *torch.randn(2, 5, 2), torch.arange(5), 1e-6,
+    ),
+    "gather_rows": (torch.zeros(2, 5, 3, 4), torch.randn(2, 9, 3, 4), torch.arange(5)),
+    "scatter_rows": (torch.zeros(2, 9, 3, 4), torch.arange(5), torch.randn(2, 5, 3, 4)),
+    "confidence_pool": (
+        torch.zeros(2, 2, 8), torch.randn(2, 4), torch.randn(2, 5, 8), torch.randn(8), torch.randn(2, 5, 8), 1e-6,
+    ),
 }  # fmt: skip
 
 
-OPTIONAL_OUTPUT = {"renoise": 1, "cached_step": 2}
+OPTIONAL = {"renoise": 1, "cached_step": 2, "residual_norm_modulate": 4, "qk_norm_rope_store": 10}
 
 
-@pytest.mark.parametrize(
-    ("op", "optional"), [*((op, True) for op in CALLS), *((op, False) for op in OPTIONAL_OUTPUT)]
-)
+@pytest.mark.parametrize(("op", "optional"), [*((op, True) for op in CALLS), *((op, False) for op in OPTIONAL)])
 def test_opcheck(op: str, optional: bool) -> None:
     """The schema says which arguments change, the fake agrees with the op, also with dynamic shapes."""
     arguments = [a.clone() if isinstance(a, Tensor) else a for a in CALLS[op]]
     if not optional:
-        arguments[OPTIONAL_OUTPUT[op]] = None
+        arguments[OPTIONAL[op]] = None
     torch.library.opcheck(getattr(torch.ops.dsa_rt, op).default, tuple(arguments))
 
 
@@ -181,3 +252,37 @@ print(len(runtimes), _native.build_info()["threads"], *runtimes)
     count, threads, *_ = result.stdout.split()
     assert int(count) <= 1, result.stdout
     assert threads == ("openmp" if count == "1" else "threads")
+
+
+# Triton
+
+
+def test_triton_serves_only_where_asked_for_and_only_cuda() -> None:
+    for op, implementations in IMPLEMENTATIONS.items():
+        assert implementations[-1].backend == "triton"
+        assert choose(op, "cuda", torch.float16) != "triton"
+        with pytest.raises(OptionError, match=r"triton.*(only for cuda|not installed)"):
+            choose(op, "cpu", torch.float32, "triton")
+
+
+def test_triton_gets_its_arguments_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The schema's arguments arrive under the names that Triton's functions have for them."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    import inspect
+
+    for op in IMPLEMENTATIONS:
+        real = triton.function(op)
+        schema = getattr(torch.ops.dsa_rt, op).default._schema
+        given = {argument.name: torch.zeros(1, 1, 1, 1) for argument in schema.arguments}
+        seen: dict[str, object] = {}
+
+        def recorder(name: str, real: object = real, seen: dict[str, object] = seen) -> object:
+            if name.endswith("_scratch"):
+                return lambda *_: 3
+            return lambda *arguments: seen.update(inspect.signature(real).bind(*arguments).arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(triton, "function", recorder)
+        triton.runner(op)(*given.values())
+        monkeypatch.undo()
+        for name, value in given.items():
+            assert seen[name] is value, (op, name)

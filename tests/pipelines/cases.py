@@ -6,44 +6,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanPipeline
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-from tiny import randomise
+from tiny_diffusers import FRAMES, HEIGHT, IMAGE_DIM, LATENT, TEXT_DIM, WIDTH, autoencoder, ours, transformer
 from torch import Tensor
 
 from dsa_rt import reference
-from dsa_rt.convert.names import config_from_diffusers, from_diffusers
-from dsa_rt.models.wan import WanModel
 from dsa_rt.plan import TokenGrid
 from dsa_rt.policy import HSA
 from dsa_rt.sampler.conditions import Conditions
 from dsa_rt.sampler.ode import Expert, solve, switch_step
 
-HEIGHT, WIDTH, FRAMES = 48, 80, 9  # 3 latent frames of 3 x 5 tokens
-LATENT, TOKENS, FRAME = (3, 6, 10), 45, 15
-TEXT_DIM, IMAGE_DIM, SEED = 24, 20, 7
+TOKENS, FRAME, SEED = 45, 15, 7
 GROUPS = ((0.2, 8), (0.3, 4), (0.5, 2))
 HSA_8 = HSA(GROUPS, window=0.5)  # steps 0, 1, 6, 7 are full; step 1 is scored
 FORMS = ("t2v", "t2v-expanded", "a14b-t2v", "i2v", "a14b-i2v", "ti2v")
-
-
-def transformer(seed: int, inside: int = 16, outside: int = 16, image_dim: int | None = None) -> WanTransformer3DModel:
-    model = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=24, in_channels=inside, out_channels=outside, text_dim=TEXT_DIM,
-        freq_dim=32, ffn_dim=80, num_layers=2, image_dim=image_dim,
-        added_kv_proj_dim=None if image_dim is None else 48,
-    ).eval()  # fmt: skip
-    randomise(model, seed)
-    return model
-
-
-def autoencoder(channels: int) -> AutoencoderKLWan:
-    model = AutoencoderKLWan(
-        base_dim=4, z_dim=channels, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
-        latents_mean=torch.randn(channels).tolist(), latents_std=(0.5 + torch.rand(channels)).tolist(),
-    ).eval()  # fmt: skip
-    randomise(model, 3)
-    return model
 
 
 def noise(channels: int, seed: int = SEED) -> Tensor:
@@ -95,12 +72,6 @@ def make(form: str = "t2v") -> Case:
         case.clip = torch.randn(1, 11, IMAGE_DIM)
         pipe.encode_image = lambda image, device: case.clip
     return case
-
-
-def ours(theirs: WanTransformer3DModel) -> WanModel:
-    model = WanModel(config_from_diffusers(theirs.config))
-    model.load_state_dict(from_diffusers(theirs.state_dict()))
-    return model.requires_grad_(False).eval()
 
 
 def solved(case: Case, policy: HSA, seed: int = SEED, **changes: Any) -> Tensor:

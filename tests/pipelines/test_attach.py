@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from published import pipeline
+from tiny_diffusers import TEXT_DIM
 from torch import Tensor, nn
 
 import dsa_rt
 from dsa_rt.errors import OptionError
 from dsa_rt.policy import HSA
 
-from .cases import FORMS, GROUPS, HSA_8, SEED, TEXT_DIM, TOKENS, close, make, noise, solved
+from .cases import FORMS, GROUPS, HSA_8, SEED, TOKENS, close, make, noise, solved
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -185,6 +188,23 @@ def test_batches() -> None:
             dsa_rt.attach(case.pipe, policy, seed=number)
             alone = case(**plain, prompt=prompt, latents=latents[number : number + 1])
             close(together[number : number + 1], alone, 1e-5)
+
+
+def test_prompts_of_more_than_512_tokens() -> None:
+    """The pipeline's own text encoding stays: it drops what is too long."""
+    pipe = pipeline("t2v")
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe.set_progress_bar_config(disable=True)
+    words = (["a", "red", "ball", "on", "grass", "and"] * 100)[:570]
+
+    def run(count: int) -> Tensor:
+        arguments = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2, "output_type": "latent"}
+        return pipe(" ".join(words[:count]), **arguments, generator=torch.Generator().manual_seed(4)).frames
+
+    expected = run(570)
+    assert torch.equal(expected, run(511)) and (expected - run(9)).abs().max() > 1e-3  # 511 words and the end of text
+    dsa_rt.attach(pipe, "dense")
+    close(run(570), expected, 1e-4)
 
 
 @pytest.mark.parametrize("form", ["t2v", "i2v"])

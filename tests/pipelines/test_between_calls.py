@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanPipeline
+from tiny_diffusers import transformer
 from torch import Tensor
 
 import dsa_rt
@@ -16,7 +17,7 @@ from dsa_rt.errors import MemoryLimitError, OptionError, PolicyError
 from dsa_rt.pipelines.run import Run
 from dsa_rt.policy import HSA
 
-from .cases import FRAME, HSA_8, TOKENS, Case, close, make, solved, transformer
+from .cases import FRAME, HSA_8, TOKENS, Case, close, make, solved
 
 
 def test_one_run_after_another() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,29 @@ def enabled(case: Case) -> None:
 
 
 def low_rank(case: Case) -> None:
-    layer = case.pipe.transformer.blocks[0].attn1
+    """A LoRA that was loaded and not fused: by peft, or by its names alone where that is not installed."""
+    if find_spec("peft"):
+        import peft
 
-    class Adapted(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.base_layer, self.lora_A = layer.to_q, nn.Linear(48, 2)
+        case.pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
+        return
+    for block in case.pipe.transformer.blocks:
+        adapted = nn.Module()
+        adapted.base_layer, adapted.lora_A = block.attn1.to_q, nn.ModuleDict({"default": nn.Linear(48, 2, bias=False)})
+        block.attn1.to_q = adapted
 
-    layer.to_q = Adapted()
+
+def offloaded(case: Case, whole: bool) -> None:
+    """As pipe.enable_model_cpu_offload() does, or enable_sequential_cpu_offload(), which has a hook for every layer: by
+    accelerate, or by the attribute that it leaves."""
+    model = case.pipe.transformer
+    if find_spec("accelerate"):
+        import accelerate
+
+        (accelerate.cpu_offload_with_hook if whole else accelerate.cpu_offload)(model, "cpu")
+        return
+    for module in [model] if whole else [module for module in model.modules() if not [*module.children()]]:
+        vars(module)["_hf_hook"] = object()
 
 
 def quantised(case: Case) -> None:
@@ -61,7 +77,9 @@ REFUSED: dict[str, tuple[Callable[[Case], Any], str]] = {
         "stochastic_sampling=True",
     ),
     "cache": (enabled, r"has a cache enabled; call pipe.transformer.disable_cache\(\)"),
-    "LoRA": (low_rank, r"'blocks.0.attn1.to_q.base_layer.weight'.*pipe.fuse_lora\(\)"),
+    "LoRA": (
+        low_rank, r"attn1.to_q.base_layer.*LoRA layers, call pipe.fuse_lora\(\) and pipe.unload_lora_weights\(\)"
+    ),
     "fused": (lambda case: case.pipe.transformer.fuse_qkv_projections(), r"to_qkv.*unfuse_qkv_projections\(\)"),
     "quantised": (quantised, "'blocks.0.ffn.net.2.weight' is a Parameter of torch.int8"),
     "hook": (
@@ -69,8 +87,18 @@ REFUSED: dict[str, tuple[Callable[[Case], Any], str]] = {
         "pipe.transformer.blocks.1 has forward hooks",
     ),
     "offloaded": (
-        lambda case: vars(case.pipe.transformer.blocks[0]).update(_hf_hook=object()),
-        r"blocks.0 is offloaded by accelerate; call pipe.remove_all_hooks\(\)",
+        lambda case: offloaded(case, True), r"transformer is offloaded by accelerate; call pipe.remove_all_hooks\(\)"
+    ),
+    "offloaded layer by layer": (
+        lambda case: offloaded(case, False), r"pipe.transformer.* is offloaded by accelerate; .*with pipe.to\(device\)"
+    ),
+    "offloaded in groups": (
+        lambda case: case.pipe.transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level"),
+        r"has forward hooks \(a cache, layerwise casting, group offloading",
+    ),
+    "cast layer by layer": (
+        lambda case: case.pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32),
+        "has forward hooks",
     ),
     "processor": (
         lambda case: case.pipe.transformer.set_attn_processor(type("Mine", (WanAttnProcessor,), {})()),
@@ -111,6 +139,8 @@ def test_refused(reason: str) -> None:
         assert vars(case.pipe.transformer) == parts
     if reason in ("wrapped", "first and last frame", "none"):
         return  # another transformer is not a stand-in that changed
+    if reason == "offloaded in groups" and not find_spec("accelerate"):
+        return  # diffusers' own hook fails before anything of ours is called
     case = make()
     dsa_rt.attach(case.pipe, HSA_8)
     change(case)

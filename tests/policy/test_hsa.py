@@ -10,7 +10,7 @@ import pytest
 
 from dsa_rt.errors import PolicyError
 from dsa_rt.policy import HSA, Fixed, StepPlan, parse_policy
-from dsa_rt.policy.hsa import PRESETS, SELECTIONS, default_strength
+from dsa_rt.policy.hsa import OURS, PRESETS, SELECTIONS, default_strength
 
 
 def random_policy(generator: np.random.Generator, **options: Any) -> tuple[HSA, int]:
@@ -123,6 +123,14 @@ def test_window_only() -> None:
     assert not any(plan.keeps(step) for step in range(40))
 
 
+def test_presets_of_our_own() -> None:
+    """Named by their share; whole steps, so no K/V is kept."""
+    for name, policy in OURS.items():
+        plan = policy.plan(40, 336, 16)
+        assert policy.name == name and f"window-{100 * plan.token_step_share:.0f}" == name
+        assert plan.kept_rows == 0 and set(plan.counts) == {0, 336}
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_dynamic_plans(name: str) -> None:
     """Scores of the margin's steps but the first; whole K/V are kept only where the next step is partial at once."""
@@ -205,6 +213,9 @@ def test_equal_scores_go_by_token() -> None:
         ("hsa-25:update=extrapolated,strength=0.5",
          HSA(((0.16, 20), (0.84, 5)), selection="random", update="extrapolated", strength=0.5)),
         ("hsa:groups=1@10,steps=40", HSA(((1, 10),), steps=40)),
+        ("window-55", HSA(((1, 20),), 0.9, update="extrapolated", steps=40)),
+        ("window-75:update=held", HSA(((1, 20),), 0.5, steps=40)),
+        ("window-75:groups=1@10,steps=40", HSA(((1, 10),), 0.5, update="extrapolated", steps=40)),
         ("hsa-25:groups=0.5@8+0.5@2", HSA(((0.5, 8), (0.5, 2)), selection="random")),
     ],
 )  # fmt: skip

@@ -181,7 +181,7 @@ def write_out(
 
 @dataclass
 class Recorded:
-    """Of each update of a cache in turn: the cache, the layer, the active set, and the K, V attended to."""
+    """Of each layer that went through a cache, in turn: the cache, the layer, the active set, and the K, V attended."""
 
     updates: list[tuple[SyncCache, int, ActiveSet, Tensor, Tensor]] = field(default_factory=list)
     calls: list[tuple[WanModel, list[int], Tensor, Tensor]] = field(default_factory=list)
@@ -191,19 +191,19 @@ class Recorded:
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     """Everything that solve hands to caches and models while the fixture is in use."""
     seen = Recorded()
-    update, forward = SyncCache.update, WanModel.forward
+    attended, forward = SyncCache.attended, WanModel.forward
 
-    def record(self: SyncCache, layer: int, k: Tensor, v: Tensor, active: ActiveSet) -> Pair:
-        attended = update(self, layer, k, v, active)
-        seen.updates.append((self, layer, active, attended[0].clone(), attended[1].clone()))
-        return attended
+    def record(self: SyncCache, layer: int, active: ActiveSet) -> Pair:
+        k, v = attended(self, layer, active)
+        seen.updates.append((self, layer, active, k.clone(), v.clone()))
+        return k, v
 
     def call(self: WanModel, rows: Tensor, active: ActiveSet, timesteps: Tensor, *rest: Any) -> Any:
         out = forward(self, rows, active, timesteps, *rest)
         seen.calls.append((self, active.tokens.tolist(), rows.clone(), out.velocity.clone()))
         return out
 
-    monkeypatch.setattr(SyncCache, "update", record)
+    monkeypatch.setattr(SyncCache, "attended", record)
     monkeypatch.setattr(WanModel, "forward", call)
     return seen
 
@@ -430,7 +430,7 @@ def test_two_experts_through_the_face(many_step: Runtime) -> None:
     bundle = replace(many_step.bundle, manifest=replace(many_step.manifest, boundary=0.6), tensors=tensors)
     low = WanModel(many_step.model.config).requires_grad_(False).eval()
     randomise(low, 9)
-    generate = replace(many_step, bundle=bundle, model_2=low).compile(policy="hsa-50")
+    generate = replace(many_step, bundle=bundle, model_2=low).compile(policy="hsa-50", guidance_scale_2=1.5)
     plan, settings = generate.settings.token_plan, generate.settings
     assert plan is not None
     switch = switch_step(settings.sigmas, 0.6)
@@ -440,7 +440,7 @@ def test_two_experts_through_the_face(many_step: Runtime) -> None:
     high = many_step.model
     done = solve(
         high, settings.grid, range(9), high.embed_text(rows), high.embed_text(nothing), settings.sigmas, 2.5, 6,
-        lambda *_: None, lambda: None, plan=plan, low=Expert(low, low.embed_text(rows), low.embed_text(nothing), 2.5),
+        lambda *_: None, lambda: None, plan=plan, low=Expert(low, low.embed_text(rows), low.embed_text(nothing), 1.5),
         boundary=0.6,
     )  # fmt: skip
     assert torch.equal(generate(PROMPT, 6).latents, settings.grid.unpatchify(done.x0)[0])

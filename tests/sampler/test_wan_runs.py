@@ -14,35 +14,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanPipeline
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-from tiny import randomise
+from tiny_diffusers import FRAMES, HEIGHT, IMAGE_DIM, LATENT, TEXT_DIM, WIDTH, autoencoder, ours, transformer
 from torch import Tensor
 
-from dsa_rt.convert.names import config_from_diffusers, from_diffusers
 from dsa_rt.models.wan import WanModel
 from dsa_rt.plan import TokenGrid, frame_tokens
 
-HEIGHT, WIDTH, FRAMES = 48, 80, 9  # 3 latent frames of 3 x 5 tokens
-LATENT = (3, 6, 10)
-TEXT_DIM, IMAGE_DIM, STEPS = 24, 20, 4
-
-
-def transformer(seed: int, channels: tuple[int, int], image_dim: int | None = None) -> WanTransformer3DModel:
-    model = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=24, in_channels=channels[0], out_channels=channels[1],
-        text_dim=TEXT_DIM, freq_dim=32, ffn_dim=80, num_layers=2, image_dim=image_dim,
-        added_kv_proj_dim=None if image_dim is None else 48,
-    ).eval()  # fmt: skip
-    randomise(model, seed)
-    return model
-
-
-def autoencoder(channels: int) -> AutoencoderKLWan:
-    model = AutoencoderKLWan(
-        base_dim=4, z_dim=channels, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
-        latents_mean=torch.randn(channels).tolist(), latents_std=(0.5 + torch.rand(channels)).tolist(),
-    ).eval()  # fmt: skip
-    randomise(model, 3)
-    return model
+STEPS = 4
 
 
 def encoded(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
@@ -67,12 +45,6 @@ def components(shift: float, *models: WanTransformer3DModel, vae: AutoencoderKLW
         "transformer_2": models[1] if len(models) > 1 else None,
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=shift),
     }  # fmt: skip
-
-
-def ours(theirs: WanTransformer3DModel) -> WanModel:
-    model = WanModel(config_from_diffusers(theirs.config))
-    model.load_state_dict(from_diffusers(theirs.state_dict()))
-    return model.requires_grad_(False).eval()
 
 
 def euler(
@@ -124,7 +96,7 @@ def same(result: Tensor, expected: Tensor, noise: Tensor) -> None:
 @pytest.mark.parametrize("expand", [False, True])
 def test_text_to_video(expand: bool) -> None:
     """Wan 2.1; expanded timesteps as for TI2V 5B without an image: alike for all tokens."""
-    theirs, (text, empty), noise = transformer(1, (16, 16)), texts(), torch.randn(1, 16, *LATENT)
+    theirs, (text, empty), noise = transformer(1), texts(), torch.randn(1, 16, *LATENT)
     pipeline = WanPipeline(**components(5.0, theirs), expand_timesteps=expand)
     expected = run_pipeline(pipeline, noise, text, empty, guidance_scale=3.0)
     same(euler([(ours(theirs), 3.0)], pipeline.scheduler.sigmas.tolist(), noise, text, empty), expected, noise)
@@ -132,7 +104,7 @@ def test_text_to_video(expand: bool) -> None:
 
 def test_text_to_video_with_two_experts() -> None:
     """Wan 2.2 A14B: another model and another guidance below the boundary."""
-    high, low = transformer(1, (16, 16)), transformer(2, (16, 16))
+    high, low = transformer(1), transformer(2)
     (text, empty), noise = texts(), torch.randn(1, 16, *LATENT)
     pipeline = WanPipeline(**components(12.0, high, low), boundary_ratio=0.875)
     expected = run_pipeline(pipeline, noise, text, empty, guidance_scale=4.0, guidance_scale_2=3.0)
@@ -152,7 +124,7 @@ def image_condition(vae: AutoencoderKLWan, image: Tensor) -> Tensor:
 
 def test_image_to_video_with_clip_rows() -> None:
     """Wan 2.1: 36 channels, and CLIP rows in both branches of guidance."""
-    theirs, vae = transformer(1, (36, 16), IMAGE_DIM), autoencoder(16)
+    theirs, vae = transformer(1, 36, image_dim=IMAGE_DIM), autoencoder(16)
     (text, empty), noise = texts(512), torch.randn(1, 16, *LATENT)  # diffusers takes 512 text rows, no fewer
     image, clip = torch.rand(1, 3, HEIGHT, WIDTH), torch.randn(1, 11, IMAGE_DIM)
     pipeline = WanImageToVideoPipeline(**components(3.0, theirs, vae=vae))
@@ -164,7 +136,7 @@ def test_image_to_video_with_clip_rows() -> None:
 
 def test_image_to_video_with_two_experts() -> None:
     """Wan 2.2 A14B: the channels, no CLIP rows."""
-    high, low, vae = transformer(1, (36, 16)), transformer(2, (36, 16)), autoencoder(16)
+    high, low, vae = transformer(1, 36), transformer(2, 36), autoencoder(16)
     (text, empty), noise, image = texts(), torch.randn(1, 16, *LATENT), torch.rand(1, 3, HEIGHT, WIDTH)
     pipeline = WanImageToVideoPipeline(**components(5.0, high, low, vae=vae), boundary_ratio=0.9)
     expected = run_pipeline(pipeline, noise, text, empty, image=image, guidance_scale=3.5)
@@ -175,7 +147,7 @@ def test_image_to_video_with_two_experts() -> None:
 
 def test_image_to_video_with_a_clean_first_frame() -> None:
     """Wan 2.2 TI2V 5B: 48 channels, the first frame in place with timestep 0 for its tokens."""
-    theirs, vae = transformer(1, (48, 48)), autoencoder(48)
+    theirs, vae = transformer(1, 48, 48), autoencoder(48)
     (text, empty), noise, image = texts(), torch.randn(1, 48, *LATENT), torch.rand(1, 3, HEIGHT, WIDTH)
     pipeline = WanImageToVideoPipeline(**components(5.0, theirs, vae=vae), expand_timesteps=True)
     expected = run_pipeline(pipeline, noise, text, empty, image=image, guidance_scale=3.0)

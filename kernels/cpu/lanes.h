@@ -1,0 +1,227 @@
+// Thirty-two fp32 numbers in the widest vectors of a translation unit's instruction set, through the compiler's vector
+// types. Every operation is rounded by itself and sums have one order, so that kernels written over Lanes have the same
+// bits on every instruction set. Internal linkage: see philox.h.
+#pragma once
+
+#include <utility>
+
+#include "bfloat16.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace dsa_rt::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+constexpr int vector_floats = vector_bytes / 4;
+
+typedef float Floats __attribute__((vector_size(vector_bytes)));
+typedef int32_t Ints __attribute__((vector_size(vector_bytes)));
+typedef uint32_t Words __attribute__((vector_size(vector_bytes)));
+typedef uint16_t Halves __attribute__((vector_size(vector_bytes / 2)));
+
+// Halves to words and back; GCC 12 makes several instructions of __builtin_convertvector where there is one.
+DSA_RT_INLINE Words widen(Halves halves) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_cvtepu16_epi32((__m256i)halves);
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu16_epi32((__m128i)halves);
+#else
+  return __builtin_convertvector(halves, Words);
+#endif
+}
+DSA_RT_INLINE Halves narrow(Words words) {  // below 2^16
+#if defined(__AVX512F__)
+  return (Halves)_mm512_cvtepi32_epi16((__m512i)words);
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)words, (__m256i)words);
+  return (Halves)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+  return __builtin_convertvector(words, Halves);
+#endif
+}
+
+struct Lanes {
+  static constexpr int count = 32, parts = count / vector_floats;
+  Floats part[parts];
+};
+
+// f(part number) for each part.
+template <class F>
+DSA_RT_INLINE Lanes each_part(F f) {
+  Lanes made;
+#pragma GCC unroll 8
+  for (int i = 0; i < Lanes::parts; ++i) made.part[i] = f(i);
+  return made;
+}
+
+DSA_RT_INLINE Floats all_of(float value) { return value - Floats{}; }  // -0 stays -0
+
+DSA_RT_INLINE Lanes all(float value) {
+  return each_part([=](int) { return all_of(value); });
+}
+DSA_RT_INLINE Lanes operator+(const Lanes& a, const Lanes& b) {
+  return each_part([&](int i) { return a.part[i] + b.part[i]; });
+}
+DSA_RT_INLINE Lanes operator-(const Lanes& a, const Lanes& b) {
+  return each_part([&](int i) { return a.part[i] - b.part[i]; });
+}
+DSA_RT_INLINE Lanes operator*(const Lanes& a, const Lanes& b) {
+  return each_part([&](int i) { return a.part[i] * b.part[i]; });
+}
+
+// The larger of two numbers, b where one is NaN.
+DSA_RT_INLINE Lanes larger(const Lanes& a, const Lanes& b) {
+  return each_part([&](int i) { return a.part[i] > b.part[i] ? a.part[i] : b.part[i]; });
+}
+
+// Members of each pair (2i, 2i + 1) change places.
+template <int... lane>
+DSA_RT_INLINE Floats swap_pairs(Floats a, std::integer_sequence<int, lane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, a, (lane ^ 1)...);
+#else
+  return __builtin_shuffle(a, Ints{(lane ^ 1)...});
+#endif
+}
+DSA_RT_INLINE Lanes swap_pairs(const Lanes& a) {
+  return each_part([&](int i) { return swap_pairs(a.part[i], std::make_integer_sequence<int, vector_floats>{}); });
+}
+
+// How many elements of a block of 32 exist: all, or the first few at the end of a row.
+struct Whole {};
+struct Some {
+  int64_t count;
+};
+
+DSA_RT_INLINE Lanes load(const float* p, Whole) {
+  return each_part([&](int i) {
+    Floats values;
+    memcpy(&values, p + i * vector_floats, sizeof values);
+    return values;
+  });
+}
+DSA_RT_INLINE Lanes load(const BFloat16* p, Whole) {
+  return each_part([&](int i) {
+    Halves halves;
+    memcpy(&halves, p + i * vector_floats, sizeof halves);
+    return (Floats)(widen(halves) << 16);
+  });
+}
+// Lanes that do not exist get `missing`.
+template <class T>
+DSA_RT_INLINE Lanes load(const T* p, Whole, float) {
+  return load(p, Whole{});
+}
+template <class T>
+inline Lanes load(const T* p, Some block, float missing = 0.0f) {
+  float values[Lanes::count];
+  for (int l = 0; l < Lanes::count; ++l) values[l] = l < block.count ? load(p + l) : missing;
+  return load(values, Whole{});
+}
+
+// fp32 bits of the nearest bf16, to even; any NaN becomes the canonical one.
+DSA_RT_INLINE Words bfloat16_words(Floats value) {
+  const Words words = (Words)value;
+  const Words nearest = (words + 0x7FFFu + ((words >> 16) & 1u)) & 0xFFFF0000u;
+  return value != value ? Words{} + 0x7FC00000u : nearest;
+}
+
+// The value as an element of type T holds it.
+template <class T>
+DSA_RT_INLINE Lanes rounded(const Lanes& value) {
+  if constexpr (sizeof(T) == 4)
+    return value;
+  else
+    return each_part([&](int i) { return (Floats)bfloat16_words(value.part[i]); });
+}
+
+DSA_RT_INLINE void store(float* p, const Lanes& value, Whole) {
+#pragma GCC unroll 8
+  for (int i = 0; i < Lanes::parts; ++i) memcpy(p + i * vector_floats, &value.part[i], sizeof(Floats));
+}
+// Values that are as an element holds them already.
+DSA_RT_INLINE void store_rounded(float* p, const Lanes& value, Whole) { store(p, value, Whole{}); }
+DSA_RT_INLINE void store_rounded(BFloat16* p, const Lanes& value, Whole) {
+#pragma GCC unroll 8
+  for (int i = 0; i < Lanes::parts; ++i) {
+    const Halves halves = narrow((Words)value.part[i] >> 16);
+    memcpy(p + i * vector_floats, &halves, sizeof halves);
+  }
+}
+DSA_RT_INLINE void store(BFloat16* p, const Lanes& value, Whole) {
+  store_rounded(p, rounded<BFloat16>(value), Whole{});
+}
+template <class T>
+inline void store(T* p, const Lanes& value, Some block) {
+  float values[Lanes::count];
+  store(values, value, Whole{});
+  for (int64_t l = 0; l < block.count; ++l) store(p + l, values[l]);
+}
+
+template <class T>
+inline void store_rounded(T* p, const Lanes& value, Some block) {
+  store(p, value, block);
+}
+
+// Calls body(first element, Whole or Some) for the blocks of a row.
+template <class Body>
+DSA_RT_INLINE void for_blocks(int64_t width, Body body) {
+  int64_t i = 0;
+  for (; i + Lanes::count <= width; i += Lanes::count) body(i, Whole{});
+  if (i < width) body(i, Some{width - i});
+}
+
+// Halves are added, 16, 8, 4, 2 and 1 lanes apart.
+DSA_RT_INLINE float sum(const Lanes& value) {
+  Lanes s = value;
+#pragma GCC unroll 4
+  for (int apart = 16; apart >= vector_floats; apart /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < apart / vector_floats; ++i) s.part[i] = s.part[i] + s.part[i + apart / vector_floats];
+  float left[vector_floats];
+  memcpy(left, &s.part[0], sizeof left);
+#pragma GCC unroll 4
+  for (int apart = vector_floats / 2; apart; apart /= 2)
+#pragma GCC unroll 8
+    for (int l = 0; l < apart; ++l) left[l] += left[l + apart];
+  return left[0];
+}
+
+// The largest of numbers that are not NaN.
+inline float largest(const Lanes& value) {
+  float values[Lanes::count];
+  store(values, value, Whole{});
+  float most = values[0];
+  for (float v : values) most = v > most ? v : most;
+  return most;
+}
+
+// 2^t for t <= 0, 0 below 2^-126, NaN for NaN; within 3 units in the last place.
+DSA_RT_INLINE Lanes exp2(const Lanes& t) {
+  return each_part([&](int i) {
+    const Floats lowest = all_of(-126.0f), magic = all_of(12582912.0f);
+    const Floats clamped = t.part[i] < lowest ? lowest : t.part[i];
+    const Floats shifted = clamped + magic;  // rounded to whole numbers, which are the low bits of the sum
+    const Floats f = clamped - (shifted - magic);
+    // Minimax (Lawson) over ±1/2 of relative error 9.2e-8, exactly 1 at 0.
+    Floats p = all_of(0.0013264727f) * f + 0.009671513f;
+    p = p * f + 0.055507336f;
+    p = p * f + 0.24022242f;
+    p = p * f + 0.693147f;
+    p = p * f + 1.0f;
+    const Floats power = (Floats)(((Words)shifted + 127u) << 23);
+    return t.part[i] < lowest ? Floats{} : p * power;
+  });
+}
+
+}  // namespace
+}  // namespace dsa_rt::cpu

@@ -1,0 +1,268 @@
+// The transformer ops beside attention, written once over Lanes and compiled once per instruction set: a translation
+// unit includes this file, has its flags in CMakeLists.txt, and exports `layer_kernels`.
+//
+// All are bound by memory once their rows leave the cache. Bytes per row of C elements of s bytes: norm_modulate reads
+// and writes s·C each, the residual adds two reads (x, y) and a write (the sum) less the read of the norm;
+// qk_norm_rope_store reads 3·s·C and writes as much; confidence_pool reads 2·s·C and does 2·H·C operations. Tables,
+// weights and rotations are fp32 rows that many tokens share. A row that is read again comes from L1: 3 KB in bf16 at
+// C = 1536, 10 KB at 5120.
+#pragma once
+
+#include <math.h>
+
+#include "lanes.h"
+#include "layers.h"
+
+namespace dsa_rt::cpu {
+namespace {
+
+template <class T>
+T* row_of(const Rows& rows, int64_t batch, int64_t row) {
+  return static_cast<T*>(rows.data) + batch * rows.batch_stride + row * rows.row_stride;
+}
+
+template <class T>
+T* row_of(const Heads& heads, int64_t batch, int64_t row) {
+  return static_cast<T*>(heads.data) + batch * heads.batch_stride + row * heads.row_stride;
+}
+
+// Calls body(an element of that type).
+template <class Body>
+void with_type(Element element, Body body) {
+  element == Element::float32 ? body(float{}) : body(BFloat16{});
+}
+
+// Sum of the squares of (x - middle) over a row.
+template <class T>
+DSA_RT_INLINE float sum_of_squares(const T* x, int64_t width, float middle) {
+  const Lanes subtract = all(middle);
+  Lanes total = all(0.0f);
+  for_blocks(width, [&](int64_t i, auto block) {
+    const Lanes distance = load(x + i, block, middle) - subtract;
+    total = total + distance * distance;
+  });
+  return sum(total);
+}
+
+// out = (x - mean) / √(variance + eps)·(1 + scale) + shift, for a row whose elements sum to `total`.
+template <class T>
+DSA_RT_INLINE void normalise(T* out, const T* x, const float* shift, const float* scale, float total, int64_t width,
+                             float eps) {
+  const float middle = total / static_cast<float>(width);
+  const float variance = sum_of_squares(x, width, middle) / static_cast<float>(width);
+  const Lanes mean = all(middle), factor = all(1.0f / sqrtf(variance + eps)), one = all(1.0f);
+  for_blocks(width, [&](int64_t i, auto block) {
+    const Lanes normed = (load(x + i, block) - mean) * factor;
+    store(out + i, normed * (one + load(scale + i, block)) + load(shift + i, block), block);
+  });
+}
+
+// to = x + gate·y, or x + y without a gate; `to` may be x itself. Returns the sum of its elements as they were rounded.
+template <class T>
+DSA_RT_INLINE float add_row(T* to, const T* x, const T* y, const float* gate, int64_t width) {
+  Lanes total = all(0.0f);
+  const auto add = [&](auto product) {
+    for_blocks(width, [&](int64_t i, auto block) {
+      const Lanes made = rounded<T>(load(x + i, block) + product(i, block));
+      total = total + made;
+      store_rounded(to + i, made, block);
+    });
+  };
+  if (gate)
+    add([&](int64_t i, auto block) { return load(gate + i, block) * load(y + i, block); });
+  else
+    add([&](int64_t i, auto block) { return load(y + i, block); });
+  return sum(total);
+}
+
+template <class T>
+DSA_RT_INLINE float sum_row(const T* x, int64_t width) {
+  Lanes total = all(0.0f);
+  for_blocks(width, [&](int64_t i, auto block) { total = total + load(x + i, block); });
+  return sum(total);
+}
+
+void norm_modulate(const NormModulateParams& p, int64_t begin, int64_t end) {
+  with_type(p.x.element, [&](auto type) {
+    using T = decltype(type);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t batch = i / p.active, token = i % p.active;
+      const int64_t row = p.table_rows ? p.table_rows[token] : 0;
+      const auto table = [&](const Modulation& m) { return m.data + batch * m.batch_stride + row * m.row_stride; };
+      const T* x = row_of<const T>(p.x, batch, token);
+      float total;
+      if (p.sum.data) {
+        T* to = row_of<T>(p.sum, batch, token);
+        total = add_row(to, x, row_of<const T>(p.y, batch, token), p.gate.data ? table(p.gate) : nullptr, p.width);
+        x = to;
+      } else {
+        total = sum_row(x, p.width);
+      }
+      normalise(row_of<T>(p.out, batch, token), x, table(p.shift), table(p.scale), total, p.width, p.eps);
+    }
+  });
+}
+
+// A token's rotation laid out for elements in their order: (even, odd)·cos + (odd, even)·(-sin, sin).
+struct Rotation {
+  static constexpr int64_t width = 256;  // elements of a head that are turned at once
+  alignas(64) float cos[width], sin[width];
+
+  void set(const float* from_cos, const float* from_sin, int64_t pairs) {
+    for (int64_t i = 0; i < pairs; ++i) {
+      cos[2 * i] = cos[2 * i + 1] = from_cos[i];
+      sin[2 * i] = -from_sin[i];
+      sin[2 * i + 1] = from_sin[i];
+    }
+  }
+};
+
+// Elements [first, first + count) of every head of a row: x·factor·weight, turned.
+template <class T, class W>
+DSA_RT_INLINE void turn_heads(T* out, int64_t head_stride, const T* x, const W* weight, float factor,
+                              const Rotation& rotation, int64_t heads, int64_t dim, int64_t first, int64_t count) {
+  const Lanes scale = all(factor);
+  for (int64_t head = 0; head < heads; ++head)
+    for_blocks(count, [&](int64_t i, auto block) {
+      const int64_t at = head * dim + first + i;
+      const Lanes normed = load(x + at, block) * scale * load(weight + at, block);
+      store(out + head * head_stride + first + i,
+            normed * load(rotation.cos + i, block) + swap_pairs(normed) * load(rotation.sin + i, block), block);
+    });
+}
+
+void qk_norm_rope_store(const QkNormRopeStoreParams& p, int64_t begin, int64_t end) {
+  const int64_t width = p.heads * p.dim;
+  with_type(p.q.element, [&](auto type) {
+    using T = decltype(type);
+    with_type(p.weight_element, [&](auto weight_type) {
+      using W = decltype(weight_type);
+      Rotation rotation;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t batch = i / p.active, token = i % p.active;
+        const int64_t slot = p.slots ? p.slots[token] : token;
+        const T *q = row_of<const T>(p.q, batch, token), *k = row_of<const T>(p.k, batch, token);
+        const auto factor = [&](const T* row) {
+          return 1.0f / sqrtf(sum_of_squares(row, width, 0.0f) / static_cast<float>(width) + p.eps);
+        };
+        const float q_factor = factor(q), k_factor = factor(k);
+        for (int64_t first = 0; first < p.dim; first += Rotation::width) {
+          const int64_t count = p.dim - first < Rotation::width ? p.dim - first : Rotation::width;
+          const int64_t pair = (token * p.dim + first) / 2;
+          rotation.set(p.cos + pair, p.sin + pair, count / 2);
+          turn_heads(row_of<T>(p.q_out, batch, token), p.q_out.head_stride, q, static_cast<const W*>(p.q_weight),
+                     q_factor, rotation, p.heads, p.dim, first, count);
+          turn_heads(row_of<T>(p.k_cache, batch, slot), p.k_cache.head_stride, k, static_cast<const W*>(p.k_weight),
+                     k_factor, rotation, p.heads, p.dim, first, count);
+        }
+        const T* v = row_of<const T>(p.v, batch, token);
+        T* kept = row_of<T>(p.v_cache, batch, slot);
+        if (p.v_cache.head_stride == p.dim)
+          memcpy(kept, v, static_cast<size_t>(width) * sizeof(T));
+        else
+          for (int64_t head = 0; head < p.heads; ++head)
+            memcpy(kept + head * p.v_cache.head_stride, v + head * p.dim, static_cast<size_t>(p.dim) * sizeof(T));
+      }
+    });
+  });
+}
+
+void pool_scores(const ConfidencePoolParams& p, float* scores, int64_t begin, int64_t end) {
+  const int64_t width = p.heads * p.dim;
+  const float scale = static_cast<float>(1.0 / sqrt(static_cast<double>(p.dim)));
+  with_type(p.keys.element, [&](auto type) {
+    using T = decltype(type);
+    with_type(p.weight_element, [&](auto weight_type) {
+      using W = decltype(weight_type);
+      const W* weight = static_cast<const W*>(p.key_weight);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t batch = i / p.active, token = i % p.active;
+        const T* key = row_of<const T>(p.keys, batch, token);
+        const Lanes factor = all(1.0f / sqrtf(sum_of_squares(key, width, 0.0f) / static_cast<float>(width) + p.eps));
+        for (int64_t head = 0; head < p.heads; ++head) {
+          Lanes total = all(0.0f);
+          for_blocks(p.dim, [&](int64_t d, auto block) {
+            const int64_t at = head * p.dim + d;
+            total = total + load(p.query + at, block) * (load(key + at, block) * factor * load(weight + at, block));
+          });
+          scores[(batch * p.heads + head) * p.active + token] = sum(total) * scale;
+        }
+      }
+    });
+  });
+}
+
+// Softmax in place. A NaN score, one of +inf or none above -inf makes all weights NaN, as defined.
+void pool_weights(const ConfidencePoolParams& p, float* scores, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    float* row = scores + i * p.active;
+    Lanes most = all(-INFINITY), total = all(0.0f);
+    for_blocks(p.active, [&](int64_t a, auto block) { most = larger(load(row + a, block, -INFINITY), most); });
+    const Lanes top = all(largest(most)), log2_e = all(1.4426950408889634f);
+    for_blocks(p.active, [&](int64_t a, auto block) {
+      const Lanes weight = exp2((load(row + a, block, -INFINITY) - top) * log2_e);
+      total = total + weight;
+      store(row + a, weight, block);
+    });
+    const Lanes factor = all(1.0f / sum(total));
+    for_blocks(p.active, [&](int64_t a, auto block) { store(row + a, load(row + a, block) * factor, block); });
+  }
+}
+
+// out[head, channel] of `count` heads over the tokens [first, last) of a block of channels; the first tokens set it.
+template <int count, class T, class Block>
+DSA_RT_INLINE void add_tokens(float* out, int64_t width, const float* weights, int64_t active, const T* tokens,
+                              int64_t stride, int64_t first, int64_t last, Block block) {
+  Lanes total[count];
+#pragma GCC unroll 4
+  for (int h = 0; h < count; ++h) total[h] = all(0.0f);
+  for (int64_t a = first; a < last; ++a) {
+    const Lanes token = load(tokens + a * stride, block);
+#pragma GCC unroll 4
+    for (int h = 0; h < count; ++h) total[h] = total[h] + all(weights[h * active + a]) * token;
+  }
+#pragma GCC unroll 4
+  for (int h = 0; h < count; ++h) {
+    float* to = out + h * width;
+    store(to, first ? load(to, block) + total[h] : total[h], block);
+  }
+}
+
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+
+// Tokens are summed 128 at a time, then those sums: rounding errors grow with the length of a sum.
+void pool_tokens(const ConfidencePoolParams& p, const float* weights, int64_t begin, int64_t end) {
+  constexpr int64_t together = 128;
+  constexpr int group = vector_floats == 16 ? 4 : 2;  // heads whose sums fit the registers
+  const int64_t width = p.heads * p.dim, pieces = pool_pieces(width);
+  with_type(p.tokens.element, [&](auto type) {
+    using T = decltype(type);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t batch = i / pieces, start = i % pieces * pool_channels;
+      const int64_t channels = width - start < pool_channels ? width - start : pool_channels;
+      const T* tokens = row_of<const T>(p.tokens, batch, 0) + start;
+      float* out = p.out + batch * p.heads * width + start;
+      for (int64_t first = 0; first < p.active; first += together) {
+        const int64_t last = p.active - first < together ? p.active : first + together;
+        for_blocks(channels, [&](int64_t c, auto block) {
+          int64_t head = 0;
+          const auto add = [&](auto heads) {
+            add_tokens<heads.value>(out + head * width + c, width, weights + (batch * p.heads + head) * p.active,
+                                    p.active, tokens + c, p.tokens.row_stride, first, last, block);
+            head += heads.value;
+          };
+          while (head + group <= p.heads) add(Count<group>{});
+          while (head < p.heads) add(Count<1>{});
+        });
+      }
+    }
+  });
+}
+
+constexpr LayerKernels layer_kernels = {norm_modulate, qk_norm_rope_store, pool_scores, pool_weights, pool_tokens};
+
+}  // namespace
+}  // namespace dsa_rt::cpu

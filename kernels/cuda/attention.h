@@ -1,0 +1,20 @@
+// Attention of the active queries to the rows of a cache, on CUDA: launchers. `stream` is a cudaStream_t as an integer;
+// the caller has made the tensors' device current. Nothing is allocated and nothing waits.
+#pragma once
+
+#include <stdint.h>
+
+#include <string>
+
+#include "../attention.h"
+
+namespace dsa_rt::cuda {
+
+// Whether active_attention takes these arguments on the current device, one of compute capability 9.0; else `why` is a
+// clause that says what it does not take. The arguments are checked ones: ranges inside [0, rows), counts that sum up.
+bool attention_supported(const AttentionParams&, std::string* why);
+
+// Throws std::runtime_error for what attention_supported refuses and for a failed launch. Segments are copied.
+void active_attention(const AttentionParams&, uintptr_t stream);
+
+}  // namespace dsa_rt::cuda

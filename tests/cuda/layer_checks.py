@@ -1,0 +1,299 @@
+"""What the CUDA kernels of the transformer ops must do, on any machine that runs them: a card, or the emulator.
+
+Expected values are computed in fp64 from the tensors as given. Outputs start as NaN inside guarded buffers, inputs
+lie between NaNs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FLOATS = [torch.float32, torch.bfloat16]
+LAYOUTS = ["dense", "aligned", "odd", "mixed"]
+"""Rows without gaps; gaps of 16 bytes; gaps and a start of one element; each tensor another of the last two."""
+
+
+class Machine(Protocol):
+    """Where kernels run: tensors on ``device``, ops with the arguments of ``dsa_rt._native``."""
+
+    device: torch.device
+
+    def run(self, op: str, *arguments: Any) -> None: ...
+
+
+class Placed:
+    """A tensor inside a larger buffer on the machine, laid out as asked, and whether the rest of it is unchanged."""
+
+    def __init__(self, place: Place, value: Tensor, around: float) -> None:
+        step = {"dense": 0, "odd": 1, "aligned": 16 // value.element_size()}[place.layout()]
+        *outer, width = value.shape
+        padded = [*outer[:1], *(size + 2 * bool(step) for size in outer[1:]), width + 2 * step]
+        self._buffer = torch.full(padded, around).to(value.dtype)
+        rows = (slice(bool(step), size + bool(step)) for size in outer[1:])
+        inside = (slice(None), *rows, slice(step, step + width))
+        self._outside = torch.ones(padded, dtype=torch.bool)
+        self._outside[inside] = False
+        self._buffer[inside] = value
+        self._before = self._buffer.clone()
+        self._buffer = self._buffer.to(place.device)
+        self.tensor = self._buffer[inside]
+
+    def cpu(self) -> Tensor:
+        return self.tensor.cpu()
+
+    def intact(self) -> bool:
+        """Whether nothing around the tensor changed."""
+        return same_bits(self._buffer.cpu()[self._outside], self._before[self._outside])
+
+    def unchanged(self) -> bool:
+        return same_bits(self._buffer.cpu(), self._before)
+
+
+class Place:
+    """Brings tensors to a machine in a layout."""
+
+    def __init__(self, machine: Machine, rng: np.random.Generator, layout: str) -> None:
+        self.device, self._rng, self._layout = machine.device, rng, layout
+
+    def layout(self) -> str:
+        return str(self._rng.choice(["aligned", "aligned", "odd"])) if self._layout == "mixed" else self._layout
+
+    def __call__(self, value: Tensor, around: float = float("nan")) -> Placed:
+        return Placed(self, value, around)
+
+    def contiguous(self, value: Tensor) -> Tensor:
+        """Without gaps, which some arguments must be: a start that is or is not a multiple of 16 bytes."""
+        start = int(self.layout() == "odd")
+        buffer = torch.empty(start + value.numel(), dtype=value.dtype, device=self.device)
+        return buffer[start:].view(value.shape).copy_(value)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """NaN for NaN with its bits."""
+    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[a.element_size()]
+    return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
+
+
+def random(rng: np.random.Generator, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    return torch.from_numpy(scale * rng.standard_normal(shape, dtype=np.float32)).to(dtype)
+
+
+def nothing(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.full(shape, float("nan")).to(dtype)
+
+
+def close(result: Tensor, expected: Tensor, size: Tensor | float = 0.0) -> None:
+    """One rounding to the result's dtype, and 32 of fp32 on terms of the given size, beyond the result's own."""
+    half = 2.0**-8 if result.dtype == torch.bfloat16 else 2.0**-24
+    allowed = 1.01 * half * expected.abs() + 32 * 2.0**-24 * (expected.abs() + size) + 1e-30
+    error = (result.double() - expected).abs() / allowed
+    assert bool((error <= 1).all()), f"{float(error.nan_to_num(math.inf).max())} times what is allowed"
+
+
+NORM_SHAPES = [  # batch, tokens, channels: every layout of a row, warps and blocks
+    (2, 5, 8), (1, 9, 192), (2, 3, 264), (1, 6, 776), (2, 5, 1536), (1, 2, 1544), (1, 3, 5120), (1, 1, 8192),
+    (3, 7, 1), (1, 5, 7), (2, 3, 515), (1, 2, 3001),
+]  # fmt: skip
+
+
+def norm_modulate(
+    machine: Machine, rng: np.random.Generator, shape: tuple[int, int, int], dtype: torch.dtype, layout: str,
+    residual: str,
+) -> None:  # fmt: skip
+    """residual: "none", "gate", "no gate", or "in place" (with a gate, the sum over x)."""
+    batch, active, width = shape
+    table_rows = int(rng.integers(1, 4))
+    tables = {  # a table may have one batch or one row, and the others more
+        name: random(rng, int(rng.choice([1, batch])), int(rng.choice([1, table_rows])), width, scale=0.5)
+        for name in ("gate", "shift", "scale")
+    }
+    rows = torch.from_numpy(rng.integers(0, table_rows, active))
+    x, y = random(rng, *shape, dtype=dtype, scale=3.0) + 0.5, random(rng, *shape, dtype=dtype)
+    eps = 1e-6
+    place = Place(machine, rng, layout)
+    places = {name: place(value) for name, value in (tables | {"x": x, "y": y}).items()}
+    out, total = (place(nothing(*shape, dtype=dtype)) for _ in range(2))
+    t = {name: placed.tensor for name, placed in places.items()}
+    known_rows = rows.to(machine.device) if max(table.shape[1] for table in tables.values()) > 1 else None
+
+    def per_token(table: Tensor) -> Tensor:
+        return table.double() if table.shape[1] == 1 else table.double()[:, rows]
+
+    normed = x
+    if residual == "none":
+        machine.run("norm_modulate", out.tensor, t["x"], t["shift"], t["scale"], known_rows, eps)
+    else:
+        target = places["x"] if residual == "in place" else total
+        gate = None if residual == "no gate" else t["gate"]
+        machine.run("residual_norm_modulate", target.tensor, out.tensor, t["x"], t["y"], gate, t["shift"], t["scale"],
+                    known_rows, eps)  # fmt: skip
+        added = y.float() if gate is None else y.float() * per_token(tables["gate"]).float()
+        normed = (x.float() + added).to(dtype)
+        assert same_bits(target.cpu(), normed)  # the sum's bits are those of the definition
+        assert target.intact()
+    wide = normed.double()
+    deviation = wide - wide.mean(-1, keepdim=True)
+    unit = deviation * torch.rsqrt(deviation.square().mean(-1, keepdim=True) + eps)
+    expected = unit * (1 + per_token(tables["scale"])) + per_token(tables["shift"])
+    # The error of a mean counts as many times as its deviation's inverse magnifies it.
+    spread = wide.abs().amax(-1, keepdim=True) * torch.rsqrt(deviation.square().mean(-1, keepdim=True) + eps) + 4
+    close(out.cpu(), expected, spread * (1 + per_token(tables["scale"])).abs() + per_token(tables["shift"]).abs())
+    assert out.intact()
+    for name, placed in places.items():
+        assert placed.unchanged() or (name == "x" and residual == "in place")
+    if residual in ("none", "in place"):
+        assert total.unchanged()
+
+
+QK_SHAPES = [  # batch, tokens, heads, head dim, cache rows
+    (1, 5, 12, 128, 9), (2, 3, 3, 64, 3), (1, 2, 24, 128, 5), (2, 4, 5, 16, 8), (1, 3, 3, 12, 4), (2, 3, 5, 6, 7),
+    (1, 1, 1, 2, 1), (1, 2, 40, 26, 3), (1, 1, 64, 128, 2),
+]  # fmt: skip
+
+
+def qk_norm_rope_store(
+    machine: Machine, rng: np.random.Generator, shape: tuple[int, int, int, int, int], dtype: torch.dtype, layout: str,
+    weights: torch.dtype, with_slots: bool,
+) -> None:  # fmt: skip
+    batch, active, heads, dim, cache_rows = shape
+    width = heads * dim
+    q, k = (random(rng, batch, active, width, dtype=dtype, scale=2.0) for _ in range(2))
+    v = torch.from_numpy(rng.integers(0, 256, (batch, active, width * q.element_size()), dtype=np.uint8)).view(dtype)
+    q_weight, k_weight = (random(rng, width, dtype=weights) for _ in range(2))
+    angle = random(rng, active, dim // 2, scale=2.0)
+    cos, sin = angle.cos(), angle.sin()
+    slots = torch.from_numpy(rng.permutation(cache_rows)[:active]) if with_slots else None
+    place = Place(machine, rng, layout)
+    inputs = [place(value) for value in (q, k, v)]
+    out = place(nothing(batch, active, heads, dim, dtype=dtype))
+    old = random(rng, 2, batch, cache_rows, heads, dim, dtype=dtype)
+    caches = [place(value, 77.0) for value in old]
+    plain = [place.contiguous(value) for value in (q_weight, k_weight, cos, sin)]
+    machine.run("qk_norm_rope_store", out.tensor, *(c.tensor for c in caches), *(x.tensor for x in inputs), *plain,
+                None if slots is None else slots.to(machine.device), 1e-6)  # fmt: skip
+
+    def turned(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The expected rows and the size of the terms in each."""
+        wide = x.double()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * weight.double()
+        even, odd = wide.unflatten(-1, (heads, dim // 2, 2)).unbind(-1)
+        c, s = (value.double()[:, None] for value in (cos, sin))
+        rows = torch.stack((even * c - odd * s, even * s + odd * c), -1).flatten(-2)
+        return rows, (even.abs() + odd.abs()).repeat_interleave(2, -1)
+
+    close(out.cpu(), *turned(q, q_weight))
+    stored = torch.arange(active) if slots is None else slots
+    close(caches[0].cpu()[:, stored], *turned(k, k_weight))
+    assert same_bits(caches[1].cpu()[:, stored], v.unflatten(-1, (heads, dim)))
+    others = torch.ones(cache_rows, dtype=torch.bool)
+    others[stored] = False
+    for cache, before in zip(caches, old, strict=True):
+        assert same_bits(cache.cpu()[:, others], before[:, others]) and cache.intact()
+    assert out.intact() and all(placed.unchanged() for placed in inputs)
+
+
+MOVES: list[tuple[tuple[int, ...], torch.dtype]] = [  # elements of a row, their dtype
+    ((1536,), torch.bfloat16), ((64,), torch.float32), ((7,), torch.float32), ((3, 5), torch.bfloat16),
+    ((2, 8, 4), torch.bfloat16), ((1,), torch.int64), ((5,), torch.uint8), ((2500,), torch.bfloat16),
+    ((1,), torch.bool),
+]  # fmt: skip
+
+
+def move_rows(
+    machine: Machine, rng: np.random.Generator, row: tuple[int, ...], dtype: torch.dtype, layout: str
+) -> None:
+    """gather_rows and scatter_rows, with rows of every kind of alignment."""
+    batch, total, active = (int(n) for n in rng.integers((1, 6, 1), (3, 40, 6)))
+    rows = torch.from_numpy(rng.permutation(total)[:active])
+    flat = math.prod(row)
+
+    def bits(count: int) -> Tensor:
+        top = 2 if dtype == torch.bool else 256
+        size = torch.empty(0, dtype=dtype).element_size()
+        return torch.from_numpy(rng.integers(0, top, (batch, count, flat * size), dtype=np.uint8)).view(dtype)
+
+    def shaped(placed: Placed) -> Tensor:
+        return placed.tensor.unflatten(-1, row)
+
+    place = Place(machine, rng, layout)
+    x, source, out = (place(bits(count)) for count in (total, active, active))
+    before, new = x.cpu(), source.cpu()
+    machine.run("gather_rows", shaped(out), shaped(x), rows.to(machine.device))
+    assert same_bits(out.cpu(), before[:, rows]) and out.intact() and x.unchanged()
+    machine.run("scatter_rows", shaped(x), rows.to(machine.device), shaped(source))
+    before[:, rows] = new
+    assert same_bits(x.cpu(), before) and x.intact() and source.unchanged()
+
+
+POOL_SHAPES = [(1, 100, 3, 8), (2, 37, 3, 64), (1, 70, 12, 16), (2, 9, 1, 7), (1, 1, 2, 12), (1, 40, 5, 6)]
+
+
+def confidence_pool(
+    machine: Machine, rng: np.random.Generator, shape: tuple[int, int, int, int], dtype: torch.dtype, layout: str,
+    weight_dtype: torch.dtype, sharpness: float = 3.0,
+) -> None:  # fmt: skip
+    """shape: batch, tokens, heads, head dim; sharpness: scale of the query."""
+    batch, active, heads, dim = shape
+    width = heads * dim
+    query = random(rng, heads, dim, scale=sharpness)
+    keys, tokens = (random(rng, batch, active, width, dtype=dtype) for _ in range(2))
+    weight = 1 + random(rng, width, dtype=weight_dtype, scale=0.3)
+    place = Place(machine, rng, layout)
+    placed = [place(value) for value in (keys, tokens)]
+    out = nothing(batch, heads, width).to(machine.device)
+    machine.run("confidence_pool", out, place.contiguous(query), placed[0].tensor, place.contiguous(weight),
+                placed[1].tensor, 1e-6)  # fmt: skip
+    wide = keys.double()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * weight.double()
+    terms = query.double() * normed.unflatten(-1, (heads, dim)) / math.sqrt(dim)
+    weights = terms.sum(-1).movedim(1, 2).softmax(-1)  # [B, H, A]
+    expected = torch.einsum("bha,bac->bhc", weights, tokens.double())
+    # A score's error multiplies its weight.
+    size = torch.einsum("bha,bac->bhc", weights, tokens.double().abs()) * (2 + terms.abs().sum(-1).amax())
+    close(out.cpu(), expected, size)
+    assert all(one.unchanged() for one in placed)
+
+
+OUT_OF_RANGE = ["norm_modulate", "qk_norm_rope_store", "gather_rows", "scatter_rows", "cached_step"]
+
+
+def out_of_range(
+    machine: Machine, op: str, bad: int, place: Callable[[Tensor], Tensor], fails: Callable[[Callable[[], None]], None]
+) -> None:
+    """A row outside stops the kernel; nothing is written outside, and nothing comes in from there.
+
+    The tensors that rows point into have 64 rows more on either side than the op is told of. ``place`` brings a tensor
+    to the machine and leaves the original in sight of what the kernel writes; ``fails`` runs the call and sees to it
+    that it fails.
+    """
+    total, active, width = 6, 3, 16
+    read = op in ("gather_rows", "norm_modulate")
+    around = torch.full((1, total + 128, width), float("nan") if read else 77.0)
+    around[:, 64 : 64 + total] = 1
+    fresh, out, x = torch.ones(1, active, width), torch.zeros(1, active, width), torch.zeros(1, total, width)
+    cache = torch.zeros(1, total, 2, 8)
+    on = {id(t): place(t) for t in (around, fresh, out, x, cache)}
+    inside, rows = on[id(around)][:, 64 : 64 + total], place(torch.tensor([1, bad, 4]))
+    source, target = on[id(fresh)], on[id(out)]
+    ones, angles = place(torch.ones(width)), place(torch.ones(active, 4))
+    arguments: dict[str, tuple[Any, ...]] = {
+        "gather_rows": (target, inside, rows),
+        "norm_modulate": (target, source, inside, inside, rows, 1e-6),
+        "scatter_rows": (inside, rows, source),
+        "cached_step": (on[id(x)], inside, None, rows, source, 0.1),
+        "qk_norm_rope_store": (
+            target.unflatten(-1, (2, 8)), inside.unflatten(-1, (2, 8)), on[id(cache)], source, source, source,
+            ones, ones, angles, angles, rows, 1e-6,
+        ),
+    }  # fmt: skip
+    fails(lambda: machine.run(op, *arguments[op]))
+    if read:
+        assert not out.isnan().any()
+    else:
+        assert (around[:, :64] == 77).all() and (around[:, 64 + total :] == 77).all()

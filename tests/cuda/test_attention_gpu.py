@@ -1,0 +1,162 @@
+"""active_attention on a Hopper GPU, called as a model calls it, against fp64 and the framework's bf16 attention."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsa_rt.errors import OptionError
+from dsa_rt.ops.attention import active_attention
+
+from .attention_oracle import Segments, check, poison_outside, random_segments, slices_of_a_cache
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+        reason="needs a Hopper GPU",
+    ),
+]
+dims = pytest.mark.parametrize("dim", [64, 128])
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
+    print(f"random seed {seed}")
+    torch.manual_seed(seed)
+    return np.random.default_rng(seed)
+
+
+def queries(batch: int, active: int, heads: int, dim: int) -> Tensor:
+    return torch.randn(batch, active, heads, dim, device="cuda").bfloat16()
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None = None) -> tuple[Tensor, Tensor]:
+    """Out and log-sum-exp, both parts of larger tensors whose other elements stay as they are."""
+    batch, active, heads, dim = q.shape
+    buffer = torch.full((batch, active + 2, heads, dim), float("nan"), dtype=torch.bfloat16, device="cuda")
+    sums = torch.full((batch, heads, active + 3), float("nan"), device="cuda")
+    out, lse = buffer[:, 1:-1], sums[..., 1:-2]
+    active_attention(
+        out, q, k, v, lse, None if segments is None else torch.tensor(segments), backend="native"
+    )
+    assert buffer[:, [0, -1]].isnan().all() and sums[..., [0, -2, -1]].isnan().all()
+    return out, lse
+
+
+@dims
+@pytest.mark.parametrize("case", range(8))
+def test_a_layer_of_a_cache(dim: int, case: int, rng: np.random.Generator) -> None:
+    """Odd sizes that divide nothing; fewer and more tiles than multiprocessors."""
+    batch, active, rows, heads = (int(n) for n in rng.integers((1, 1, 1, 1), (4, 1500, 3000, 13)))
+    print(f"batch {batch}, active {active}, rows {rows}, heads {heads}")
+    q = queries(batch, active, heads, dim)
+    k, v = slices_of_a_cache(batch, rows, heads, dim, "cuda")
+    check(*run(q, k, v), q, k, v)
+
+
+@dims
+@pytest.mark.parametrize("most", [1, 2, 8])
+def test_segments_see_their_ranges_alone(dim: int, most: int, rng: np.random.Generator) -> None:
+    batch, active, rows = 2, int(rng.integers(1, 2000)), int(rng.integers(1, 2000))
+    segments = random_segments(rng, active, rows, most)
+    print(f"active {active}, rows {rows}, segments {segments}")
+    q = queries(batch, active, 3, dim)
+    k, v = slices_of_a_cache(batch, rows, 3, dim, "cuda")
+    poison_outside(k, segments)
+    poison_outside(v, segments)
+    check(*run(q, k, v, segments), q, k, v, segments)
+
+
+@dims
+@pytest.mark.parametrize("active", [1, 64, 65, 128, 129])
+@pytest.mark.parametrize("rows", [1, 127, 128, 129, 384, 513])
+def test_at_the_edges_of_tiles(dim: int, active: int, rows: int, rng: np.random.Generator) -> None:
+    q = queries(1, active, 2, dim)
+    k, v = slices_of_a_cache(1, rows, 2, dim, "cuda")
+    check(*run(q, k, v), q, k, v)
+
+
+@dims
+@pytest.mark.parametrize("scale", [1.0, 6.0])
+def test_as_exact_as_the_framework(dim: int, scale: float, rng: np.random.Generator) -> None:
+    """Largest and mean error against fp64 at most 1.5 times those of the framework's bf16 attention."""
+    q = scale * queries(1, 1111, 4, dim)
+    k, v = slices_of_a_cache(1, 4001, 4, dim, "cuda")
+    q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
+    want = F.scaled_dot_product_attention(q_.double(), k_.double(), v_.double()).transpose(1, 2)
+    theirs = (F.scaled_dot_product_attention(q_, k_, v_).transpose(1, 2).double() - want).abs()
+    ours = (run(q, k, v)[0].double() - want).abs()
+    assert ours.max() <= 1.5 * theirs.max() and ours.mean() <= 1.5 * theirs.mean()
+
+
+@dims
+def test_the_same_bits_in_every_run_and_active_set(dim: int, rng: np.random.Generator) -> None:
+    q = queries(2, 2000, 8, dim)
+    k, v = slices_of_a_cache(2, 5000, 8, dim, "cuda")
+    first = run(q, k, v)
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(q, k, v), strict=True))
+    some = torch.randperm(2000, device="cuda")[:333]
+    out, lse = run(q[:, some], k, v)
+    assert torch.equal(out, first[0][:, some]) and torch.equal(lse, first[1][..., some])
+
+
+@dims
+def test_nan_in_a_query_stays_in_its_row(dim: int, rng: np.random.Generator) -> None:
+    q = queries(1, 300, 2, dim)
+    k, v = slices_of_a_cache(1, 700, 2, dim, "cuda")
+    clean, clean_lse = run(q, k, v)
+    hit = int(rng.integers(300))
+    q[:, hit] = float("nan")
+    out, lse = run(q, k, v)
+    assert out[:, hit].isnan().all() and lse[..., hit].isnan().all()
+    others = torch.arange(300, device="cuda") != hit
+    assert torch.equal(out[:, others], clean[:, others]) and torch.equal(
+        lse[..., others], clean_lse[..., others]
+    )
+
+
+@dims
+def test_in_a_graph(dim: int, rng: np.random.Generator) -> None:
+    """Replays see the tensors' new values; segments are those of the capture."""
+    segments = [[150, 0, 64, 200, 901], [183, 10, 999, 999, 999]]
+    q = queries(1, 333, 4, dim)
+    k, v = slices_of_a_cache(1, 999, 4, dim, "cuda")
+    out, lse = torch.empty_like(q), torch.empty(1, 4, 333, device="cuda")
+    held = torch.tensor(segments)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        active_attention(out, q, k, v, lse, held, backend="native")
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        active_attention(out, q, k, v, lse, held, backend="native")
+    held.zero_()
+    for _ in range(2):
+        for x in (q, k, v):
+            x.copy_(torch.randn_like(x))
+        out.fill_(float("nan"))
+        lse.fill_(float("nan"))
+        graph.replay()
+        check(out, lse, q, k, v, segments)
+
+
+def test_wan_at_480p(rng: np.random.Generator) -> None:
+    """The shape the kernel is for: 1170 active tokens, 32760 rows, 12 heads of 128."""
+    q = queries(1, 1170, 12, 128)
+    k, v = slices_of_a_cache(1, 32760, 12, 128, "cuda")
+    out, lse = run(q, k, v)
+    for head in range(0, 12, 5):
+        part = [x[:, :, head : head + 1] for x in (out, q, k, v)]
+        check(part[0][:, :200], lse[:, head : head + 1, :200], part[1][:, :200], part[2], part[3])
+
+
+def test_what_it_does_not_serve_is_refused(rng: np.random.Generator) -> None:
+    for x in (queries(1, 5, 1, 80), queries(1, 5, 1, 64).float(), queries(1, 5, 1, 72)[..., 4:68]):
+        with pytest.raises(OptionError):
+            active_attention(torch.empty_like(x), x, x, x, backend="native")

@@ -1,0 +1,232 @@
+"""Index arithmetic of the Hopper attention kernel: descriptors and fragments against models written from the PTX ISA's
+chapter on wgmma, the plan of tiles against counting, and what the kernel refuses."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from ctypes import byref, c_int64
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from . import hopper
+from .attention_oracle import Segments, random_segments
+
+dims = pytest.mark.parametrize("dim", [64, 128])
+TILE_ROWS = 128
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
+    print(f"random seed {seed}")
+    return np.random.default_rng(seed)
+
+
+def tile_in_shared_memory(start: int, dim: int) -> dict[int, tuple[int, int]]:
+    """Which (row, column) TMA puts at each address: a box (64 columns, 128 rows, D / 64 slabs), first dimension
+    fastest, and 16-byte piece p of a 128-byte line at p xor the line's number modulo 8 (CU_TENSOR_MAP_SWIZZLE_128B)."""
+    places = {}
+    for slab in range(dim // 64):
+        for row in range(TILE_ROWS):
+            for column in range(64):
+                line, byte = slab * TILE_ROWS + row, 2 * column
+                places[start + 128 * line + ((byte // 16) ^ (line % 8)) * 16 + byte % 16] = (
+                    row,
+                    64 * slab + column,
+                )
+    return places
+
+
+class Descriptor:
+    """PTX ISA, matrix descriptor: bits 0-13 start, 16-29 leading, 32-45 stride (all / 16), 49-51 base offset, 62-63
+    swizzle, of which 1 is 128 bytes. Canonical layouts are in units of T = 8 elements of 16 bits, 16 bytes."""
+
+    def __init__(self, bits: int) -> None:
+        self.start, self.leading, self.stride = (bits >> at & 0x3FFF for at in (0, 16, 32))
+        assert bits >> 62 == 1 and bits >> 49 & 7 == 0
+
+    def address(self, unit: int, byte: int) -> int:
+        """Swizzle<3, 4, 3>: address bits 4-6 are xored with bits 7-9."""
+        address = 16 * (self.start + unit) + byte
+        return address ^ (address >> 7 & 7) << 4
+
+    def k_major(self, i: int, k: int) -> int:
+        """((8, m), (T, 2)) : ((8 T, SBO), (1, T)): element i of M or N, k of 16."""
+        return self.address(i % 8 * 8 + i // 8 * self.stride + k // 8, k % 8 * 2)
+
+    def mn_major(self, i: int, k: int) -> int:
+        """((T, 8, m), (8, k)) : ((1, T, LBO), (8 T, SBO))."""
+        return self.address(i // 8 % 8 + i // 64 * self.leading + k % 8 * 8 + k // 8 * self.stride, i % 8 * 2)
+
+
+@dims
+def test_q_and_k_are_read_where_tma_put_them(dim: int, rng: np.random.Generator) -> None:
+    tile = 1024 * int(rng.integers(1, 100))
+    places = tile_in_shared_memory(tile, dim)
+    for first_row, rows in ((0, 128), (0, 64), (64, 64)):  # K; Q of both consumers
+        for step in range(dim // 16):
+            bits = hopper.library().k_major_descriptor(tile + 128 * first_row, step, TILE_ROWS)
+            for i in range(rows):
+                for k in range(16):
+                    assert places[Descriptor(bits).k_major(i, k)] == (first_row + i, 16 * step + k)
+
+
+@dims
+def test_v_is_read_where_tma_put_it(dim: int, rng: np.random.Generator) -> None:
+    tile = 1024 * int(rng.integers(1, 100))
+    places = tile_in_shared_memory(tile, dim)
+    for step in range(TILE_ROWS // 16):
+        bits = hopper.library().mn_major_descriptor(tile, step, TILE_ROWS)
+        for column in range(dim):
+            for k in range(16):
+                assert places[Descriptor(bits).mn_major(column, k)] == (16 * step + k, column)
+
+
+def test_scores_are_the_operand_of_the_next_product() -> None:
+    """PTX ISA, register fragments of wgmma m64k16 (A) and m64nN (D), bf16: A's element i of eight is at row
+    groupID, + 8 where i is 2, 3, 6 or 7, and column 2 * (lane % 4) + i % 2, + 8 where i >= 4; groupID is lane / 4."""
+    library = hopper.library()
+    for thread in range(128):
+        row, column = library.accumulator_row(thread), library.accumulator_column(thread)
+        assert (row, column) == (thread // 32 * 16 + thread % 32 // 4, thread % 4 * 2)
+        for step in range(8):
+            for i in range(8):
+                d = library.accumulator_of_pair(step, i // 2) + i % 2
+                at_row, at_column = row + 8 * (d // 2 % 2), d // 4 * 8 + column + d % 2
+                assert at_row == thread // 32 * 16 + thread % 32 // 4 + 8 * (i in (2, 3, 6, 7))
+                assert at_column == 16 * step + thread % 4 * 2 + i % 2 + 8 * (i >= 4)
+
+
+def plan(batch: int, active: int, heads: int, rows: int, segments: Segments | None) -> hopper.Params:
+    q, k = torch.empty(batch, active, heads, 64), torch.empty(batch, rows, heads, 64)
+    return hopper.params(q, q, k, k, None, segments)
+
+
+@pytest.mark.parametrize("case", range(20))
+def test_every_query_is_computed_once(case: int, rng: np.random.Generator) -> None:
+    batch, active, heads, rows = (int(n) for n in rng.integers((1, 0, 1, 1), (4, 2000, 13, 3000)))
+    segments = None if case % 5 == 0 else random_segments(rng, active, rows)
+    blocks = int(rng.integers(1, 133))
+    print(f"batch {batch}, active {active}, heads {heads}, rows {rows}, segments {segments}, blocks {blocks}")
+    p = plan(batch, active, heads, rows, segments)
+    seen = np.zeros((batch, heads, active), int)
+    buffer = (c_int64 * (4 * batch * heads * (active // 128 + 10)))()
+    load = []
+    for block in range(blocks):
+        count = hopper.library().plan_tiles(byref(p), block, blocks, buffer)
+        load.append(0)
+        for query, b, head, size in np.array(buffer[: 4 * count]).reshape(-1, 4):
+            assert 1 <= size <= 128
+            seen[b, head, query : query + size] += 1
+            load[-1] += key_tiles(p, int(query), rows).shape[0]
+    assert (seen == 1).all()
+    if segments is None and active:  # tiles of one cost: no block has two more than another
+        assert max(load) - min(load) <= -(-rows // 128)
+
+
+def key_tiles(p: hopper.Params, query: int, rows: int) -> np.ndarray:
+    buffer = (c_int64 * (2 * (rows // 128 + 3)))()
+    return np.array(buffer[: 2 * hopper.library().key_tiles_of(byref(p), query, buffer)]).reshape(-1, 2)
+
+
+@pytest.mark.parametrize("case", range(20))
+def test_every_row_of_a_segment_is_attended_once(case: int, rng: np.random.Generator) -> None:
+    active, rows = 40, int(rng.integers(1, 2000))
+    segments = random_segments(rng, active, rows)
+    print(f"rows {rows}, segments {segments}")
+    p = plan(1, active, 1, rows, segments)
+    start = 0
+    for count, a, b, c, d in segments:
+        for query in (start, start + count - 1) if count else ():
+            seen = np.zeros(rows + 128, int)
+            for row, size in key_tiles(p, query, rows):
+                assert 1 <= size <= 128
+                seen[row : row + size] += 1
+            want = np.zeros_like(seen)
+            want[a:b] += 1
+            want[c:d] += 1
+            assert (seen == want).all()
+        start += count
+
+
+def test_adjoining_ranges_are_one() -> None:
+    """60 + 40 rows are one tile, in either order, and not two."""
+    for segment in ([1, 10, 70, 70, 110], [1, 70, 110, 10, 70]):
+        assert key_tiles(plan(1, 1, 1, 200, [segment]), 0, 200).tolist() == [[10, 100]]
+
+
+def test_long_segments_come_first() -> None:
+    p = plan(1, 300, 1, 1000, [[100, 0, 100, 0, 0], [100, 0, 1000, 0, 0], [100, 0, 400, 0, 0]])
+    buffer = (c_int64 * 12)()
+    assert hopper.library().plan_tiles(byref(p), 0, 1, buffer) == 3
+    assert buffer[::4] == [100, 200, 0]
+
+
+def test_what_the_kernel_takes() -> None:
+    def refusal(heads: int = 2, dim: int = 64, dtype: torch.dtype = torch.bfloat16, **over: object) -> str:
+        x = torch.empty(2, 40, heads, dim, dtype=dtype)
+        arguments = {"out": x, "q": x, "k": x, "v": x, **over}
+        return hopper.refusal(hopper.params(**arguments))  # type: ignore[arg-type]
+
+    def tensor(*strides: int, shape: tuple[int, ...] = (2, 40, 2, 64), offset: int = 0) -> torch.Tensor:
+        return torch.empty(1 << 17, dtype=torch.bfloat16).as_strided(shape, (*strides, 1), offset)
+
+    assert refusal() == refusal(dim=128) == ""
+    assert refusal(k=tensor(5120, 128, 64), v=tensor(64 * 999, 136, 64)) == ""
+    assert "float32" in refusal(dtype=torch.float32)
+    assert "80" in refusal(dim=80)
+    assert "k's row stride is 129" in refusal(k=tensor(5160, 129, 64))
+    assert "v's batch stride is 0" in refusal(v=tensor(0, 128, 64))
+    assert "out's head stride is 68" in refusal(out=tensor(9999 * 8, 136, 68))
+    assert "q's address" in refusal(q=tensor(5120, 128, 64, offset=4))
+    assert "9 segments" in refusal(segments=[[5, 0, 1, 0, 0]] * 8 + [[0, 0, 1, 0, 0]])
+    # what has one element needs no stride
+    one = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16).as_strided((1, 1, 1, 64), (3, 5, 7, 1))
+    assert refusal(out=one, q=one, k=one, v=one) == ""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The kernels for sm_90a, and what the assembler said."""
+    if not shutil.which("nvcc"):
+        pytest.skip("needs nvcc")
+    folder = tmp_path_factory.mktemp("cubin")
+    source = hopper.KERNELS / "cuda/attention_sm90.cu"
+    cubin = folder / "attention.cubin"
+    target = "-gencode=arch=compute_90a,code=sm_90a"
+    flags = [target, "-std=c++17", "-O3", "-DNDEBUG", "-fmad=false", "-Xptxas=-v", "-cubin"]
+    result = subprocess.run(["nvcc", *flags, "-o", str(cubin), str(source)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return cubin, result.stderr
+
+
+def test_the_assembler_keeps_registers_and_overlap(compiled: tuple[Path, str]) -> None:
+    """No spills, no stack, no product made to wait (C7508 to C7519 say so), for both head dimensions."""
+    said = compiled[1]
+    assert said.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 2
+    assert "C75" not in said and "warning" not in said.lower(), said
+
+
+def test_instructions_of_the_machine_code(compiled: tuple[Path, str]) -> None:
+    """A product is in flight during the softmax: in the loop, the powers of two lie between the end of the first
+    product and the end of the second."""
+    if not shutil.which("nvdisasm"):
+        pytest.skip("needs nvdisasm")
+    code = subprocess.run(
+        ["nvdisasm", "-c", str(compiled[0])], capture_output=True, text=True, check=True
+    ).stdout
+    for kernel in code.split(".section\t.text.")[1:]:
+        assert "LDL" not in kernel and "STL" not in kernel
+        assert kernel.count("USETMAXREG") == 2 and "UTMALDG.5D" in kernel and ".tnspB" in kernel
+        loop = kernel[kernel.index("DEPBAR.LE gsb0, 0x1") :]
+        assert loop[: loop.index("DEPBAR.LE gsb0, 0x0")].count("MUFU.EX2") == 64 + 2
+
+
+def test_the_emulated_parameters_are_the_real_ones() -> None:
+    """ctypes' layout of AttentionParams against the compiler's."""
+    assert hopper.library().params_bytes() == ctypes.sizeof(hopper.Params)

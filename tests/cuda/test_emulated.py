@@ -1,0 +1,133 @@
+"""The CUDA kernels' logic without a card: compiled for the CPU, a thread as a fiber (:mod:`emulation`)."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from dsa_rt import reference
+
+from . import emulation, layer_checks
+from .layer_checks import FLOATS, LAYOUTS, Machine, nothing, random, same_bits
+
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler"),
+    pytest.mark.skipif(not (emulation.ROOT / "kernels/cuda").exists(), reason="not a source tree"),
+]
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+dtypes = pytest.mark.parametrize("dtype", FLOATS)
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    return emulation.Emulated(emulation.build(tmp_path_factory.mktemp("emulated")))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
+    print(f"random seed {seed}")
+    return np.random.default_rng(seed)
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("shape", layer_checks.NORM_SHAPES)
+def test_norm_modulate(
+    machine: Machine, rng: np.random.Generator, shape: tuple[int, int, int], dtype: torch.dtype, layout: str
+) -> None:
+    for residual in ("none", "gate", "no gate", "in place"):
+        layer_checks.norm_modulate(machine, rng, shape, dtype, layout, residual)
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("shape", layer_checks.QK_SHAPES)
+def test_qk_norm_rope_store(
+    machine: Machine, rng: np.random.Generator, shape: tuple[int, int, int, int, int], dtype: torch.dtype,
+    layout: str,
+) -> None:  # fmt: skip
+    for weights, with_slots in ((torch.float32, True), (torch.bfloat16, False)):
+        layer_checks.qk_norm_rope_store(machine, rng, shape, dtype, layout, weights, with_slots)
+
+
+@layouts
+@pytest.mark.parametrize(("row", "dtype"), layer_checks.MOVES)
+def test_move_rows(
+    machine: Machine, rng: np.random.Generator, row: tuple[int, ...], dtype: torch.dtype, layout: str
+) -> None:
+    layer_checks.move_rows(machine, rng, row, dtype, layout)
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("shape", layer_checks.POOL_SHAPES)
+def test_confidence_pool(
+    machine: Machine, rng: np.random.Generator, shape: tuple[int, int, int, int], dtype: torch.dtype,
+    layout: str,
+) -> None:  # fmt: skip
+    layer_checks.confidence_pool(machine, rng, shape, dtype, layout, dtype)
+
+
+def test_confidence_pool_refuses_what_does_not_fit(machine: Machine, rng: np.random.Generator) -> None:
+    with pytest.raises(RuntimeError, match="confidence_pool: 129 heads, expected at most 128"):
+        layer_checks.confidence_pool(machine, rng, (1, 2, 129, 2), torch.float32, "dense", torch.float32)
+    with pytest.raises(RuntimeError, match="C = 1024 needs more blocks at once than this device runs"):
+        layer_checks.confidence_pool(machine, rng, (1, 2, 16, 64), torch.float32, "dense", torch.float32)
+
+
+def test_rows_that_are_too_wide(machine: Machine, rng: np.random.Generator) -> None:
+    with pytest.raises(RuntimeError, match="norm_modulate: rows of 8200 elements, expected at most 8192"):
+        layer_checks.norm_modulate(machine, rng, (1, 1, 8200), torch.float32, "dense", "none")
+
+
+@pytest.mark.parametrize("bad", [-1, 6, -(2**62)])
+@pytest.mark.parametrize("op", layer_checks.OUT_OF_RANGE)
+def test_out_of_range(machine: Machine, op: str, bad: int) -> None:
+    def stops(call: Callable[[], None]) -> None:
+        with pytest.raises(RuntimeError, match="a trap"):
+            call()
+
+    layer_checks.out_of_range(machine, op, bad, lambda tensor: tensor, stops)
+
+
+@dtypes
+@pytest.mark.parametrize("velocity_dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(2, 7, 33), (1, 19, 64), (3, 2, 1)])
+def test_step_family(
+    machine: Machine, rng: np.random.Generator, shape: tuple[int, int, int], dtype: torch.dtype,
+    velocity_dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """The bits of the definition."""
+    batch, count, width = shape
+    seeds = torch.from_numpy(rng.integers(-(2**63), 2**63, batch))
+    tokens = torch.from_numpy(rng.integers(0, 2**40, count))
+    x, old = random(rng, *shape, dtype=dtype), random(rng, *shape, dtype=velocity_dtype)
+    noise = nothing(*shape, dtype=dtype)
+    machine.run("philox_normal", noise, seeds, tokens, 3)
+    assert same_bits(noise, reference.philox_normal(seeds, tokens, width, 3).to(dtype))
+    for level in (0.0, 0.4):
+        out, x0 = nothing(*shape, dtype=dtype), nothing(*shape, dtype=dtype)
+        machine.run("renoise", out, x0, x, old, seeds, tokens, 0.75, level, 2)
+        expected = reference.renoise(x, old, 0.75, level, seeds, tokens, 2)
+        assert same_bits(out, expected[0]) and same_bits(x0, expected[1])
+    rows = torch.from_numpy(rng.permutation(count)[: (count + 1) // 2])
+    fresh = random(rng, batch, len(rows), width, dtype=velocity_dtype)
+    stepped, cache, score = x.clone(), old.clone(), nothing(batch, len(rows))
+    machine.run("cached_step", stepped, cache, score, rows, fresh, -0.125)
+    new_x, new_cache, change = reference.cached_step(x, old, rows, fresh, -0.125)
+    assert same_bits(stepped, new_x) and same_bits(cache, new_cache)
+    torch.testing.assert_close(score, change, rtol=1e-5, atol=0)
+
+
+def test_exit_decision(machine: Machine, rng: np.random.Generator) -> None:
+    logit, threshold = random(rng, 300, scale=5.0), torch.from_numpy(rng.random(300, dtype=np.float32))
+    refine, confidence = torch.full((300,), 9, dtype=torch.uint8), nothing(300)
+    machine.run("exit_decision", refine, confidence, logit, threshold)
+    decision, value = reference.exit_decision(logit, threshold)
+    torch.testing.assert_close(confidence, value, rtol=1e-6, atol=0)
+    assert torch.equal(refine.bool(), confidence < threshold) and refine.max() == 1 and decision.any()

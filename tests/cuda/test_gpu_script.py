@@ -1,0 +1,156 @@
+"""bench/gpu.sh with stand-ins for the tools of a GPU machine, and its Python programs on the CPU at tiny sizes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "bench" / "gpu.sh"
+pytestmark = pytest.mark.skipif(not SCRIPT.exists() or not shutil.which("bash"), reason="no source tree or no bash")
+CLEAN = """case "$*" in
+  *racecheck*) echo '========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)' ;;
+  *) echo '========= ERROR SUMMARY: 0 errors' ;;
+esac
+"""
+
+
+class Tools:
+    """A folder of programs that shadow the real ones."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.out = folder / "tools", folder / "out"
+        self.folder.mkdir()
+        for needed in ("bash", "dirname", "basename", "mkdir", "tee", "tail", "head", "cat", "grep", "sed", "tar",
+                       "gzip", "date", "timeout", "uname", "nproc", "sort", "env", "git"):  # fmt: skip
+            (self.folder / needed).symlink_to(str(shutil.which(needed)))
+        self.add("fake-python", "echo 'sanitize: 7 calls ran'")
+
+    def add(self, name: str, body: str) -> None:
+        path = self.folder / name
+        path.write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(0o755)
+
+    def run(self, *stages: str) -> subprocess.CompletedProcess[str]:
+        environment = {"PATH": str(self.folder), "PYTHON": "fake-python", "COMMIT": "abc", "HOME": os.environ["HOME"]}
+        return subprocess.run(
+            ["bash", str(SCRIPT), str(self.out), *stages], env=environment, capture_output=True, text=True, timeout=60
+        )
+
+    def summary(self) -> str:
+        return (self.out / "summary.txt").read_text()
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> Tools:
+    return Tools(tmp_path)
+
+
+def test_bad_input(tools: Tools) -> None:
+    assert tools.run("tests").returncode == 2
+    assert "unknown stage: tests" in tools.run("tests").stderr
+    assert subprocess.run(["bash", str(SCRIPT)], capture_output=True).returncode == 2
+
+
+def test_sanitizer_that_is_missing(tools: Tools) -> None:
+    done = tools.run("sanitize")
+    assert done.returncode == 1 and "sanitize  FAILED with 1" in tools.summary()
+    assert "compute-sanitizer is not installed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ('"${@: -3}"', "memcheck: no clean summary"),
+        ('"${@: -3}"; echo "== ERROR SUMMARY: 2 errors"', "memcheck: no clean summary: == ERROR SUMMARY: 2"),
+        (f'"${{@: -3}}"; {CLEAN} exit 9', "memcheck: exit status 9"),
+        (CLEAN, "racecheck: the ops did not run"),
+    ],
+)
+def test_sanitizer_that_finds_something_or_nothing(tools: Tools, body: str, says: str) -> None:
+    tools.add("compute-sanitizer", body)
+    done = tools.run("sanitize")
+    assert done.returncode == 1 and says in done.stdout
+
+
+def test_clean_run_and_what_is_sent_back(tools: Tools) -> None:
+    tools.add("compute-sanitizer", f'"${{@: -3}}"; {CLEAN}')
+    done = tools.run("sanitize", "ops", "layer")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert tools.summary().count("passed") == 3 and "commit abc" in tools.summary()
+    with tarfile.open(f"{tools.out}.tar.gz") as archive:
+        names = archive.getnames()
+    assert {"out/summary.txt", "out/sanitize-racecheck.log", "out/ops.log"} <= set(names)
+
+
+def test_a_stage_that_fails_does_not_stop_the_next(tools: Tools) -> None:
+    tools.add("fake-python", "exit 3")
+    done = tools.run("machine", "build", "test", "ops", "layer")
+    assert done.returncode == 1
+    for line in ("machine   FAILED", "build     FAILED with 3", "test      FAILED with 3", "ops       FAILED with 3"):
+        assert line in tools.summary()
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_every_op_is_watched() -> None:
+    done = run("bench.gpu.sanitize", "--device", "cpu", "--backends", "native", "torch")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "sanitize: 78 calls ran"  # 3 sizes of 13 calls by 2 backends
+
+
+def test_an_op_that_is_never_served_fails() -> None:
+    done = run("bench.gpu.sanitize", "--device", "cpu", "--backends", "nothing")
+    assert done.returncode == 1 and "NEVER RAN: nothing norm_modulate" in done.stdout
+
+
+def test_ops(tmp_path: Path) -> None:
+    done = run("bench.gpu.ops", "--device", "cpu", "--sizes", "tiny", "--out", str(tmp_path), "--active", "5",
+               "--commit", "abc")  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "gpu-ops.json").read_text())
+    assert result["commit"] == "abc" and result["best"]["copy_gb_s"] > 0
+    for row in result["rows"]:
+        assert row["differs"] == "" and not row["failed"] and row["bytes"] > 0
+        assert {"native", "torch"} <= set(row["ways"])
+        for way in row["ways"].values():
+            assert 0 < way["cold"]["p20"] <= way["cold"]["median"] <= way["cold"]["p80"]
+    (attention,) = (row for row in result["rows"] if row["op"] == "active_attention")
+    assert "sdpa" in attention["ways"] and attention["operations"] == 4 * 5 * 21 * 32
+
+
+def test_a_wrong_result_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.gpu import ops
+    from dsa_rt.ops import norm
+
+    right = norm.norm_modulate
+
+    def wrong(out: torch.Tensor, *arguments: object, backend: str | None = None) -> None:
+        right(out, *arguments, backend=backend)  # type: ignore[arg-type]
+        if backend == "native":
+            out[..., 0] += 1
+
+    monkeypatch.setattr(norm, "norm_modulate", wrong)
+    arguments = ["--device", "cpu", "--sizes", "tiny", "--ops", "norm_modulate", "--out", str(tmp_path)]
+    assert ops.main(arguments) == 1
+    row = json.loads((tmp_path / "gpu-ops.json").read_text())["rows"][0]
+    assert row["differs"].startswith("native differs from the definition by ")
+
+
+def test_layer(tmp_path: Path) -> None:
+    done = run("bench.gpu.layer", "--device", "cpu", "--sizes", "tiny", "--out", str(tmp_path), "--active", "9",
+               "--cached", "23")  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads((tmp_path / "gpu-layer.json").read_text())["rows"]
+    assert row["active"] == 9 and row["floor_us"] > 0 and len(row["parts"]) == 6

@@ -1,0 +1,180 @@
+"""What nvcc makes of the CUDA kernels: no spills, no local memory, bounded registers, the instructions they are about.
+
+Each file is compiled once, with the flags of CMakeLists.txt. Registers and spills are ptxas's own report; instructions
+need cuobjdump, from the CUDA toolkit or from Triton's wheel.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+CUDA = Path(__file__).resolve().parents[2] / "kernels" / "cuda"
+EVERYWHERE = ("80", "90a", "120")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of kernels/cuda: where it runs, and the most registers a kernel whose name holds a word may use.
+
+    The words are tried in order. 65,536 registers of a multiprocessor over the threads of a block give how many blocks
+    run at once.
+    """
+
+    architectures: tuple[str, ...]
+    registers: dict[str, int]
+
+
+SOURCES = {
+    "step": Source(EVERYWHERE, {"": 40}),  # 6 blocks of 256
+    "layers": Source(
+        EVERYWHERE,
+        # Blocks of 128 threads: 5, with fp32 3. A row over a block: up to 512 threads.
+        {"norm_modulate_kernel.*13__nv_bfloat16": 96, "norm_modulate": 160, "qk_norm_rope": 96, "move_rows": 48},
+    ),
+    "confidence_pool": Source(EVERYWHERE, {"": 128}),  # 2 blocks of 256
+    "attention_sm90": Source(("90a",), {"": 168}),  # one block of 384, which splits them anew
+}
+
+
+@dataclass
+class Kernel:
+    """A kernel on one architecture. instructions: their names, with modifiers, in order; empty without cuobjdump."""
+
+    source: str
+    architecture: str
+    name: str
+    registers: int = 0
+    stack: int = 0
+    spilled: int = 0
+    instructions: list[str] = field(default_factory=list)
+
+
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit; else of Triton's wheel."""
+    if found := shutil.which(name):
+        return found
+    triton = importlib.util.find_spec("triton")
+    if triton is None or triton.origin is None:
+        return None
+    return shutil.which(name, path=str(Path(triton.origin).parent / "backends/nvidia/bin"))
+
+
+needs_cuobjdump = pytest.mark.skipif(
+    tool("cuobjdump") is None, reason="needs cuobjdump, from the CUDA toolkit or Triton's wheel"
+)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CUDA.exists(), reason="not a source tree"),
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc"),
+]
+
+
+def parse_report(source: str, report: str) -> Iterator[Kernel]:
+    """What ``-Xptxas -v`` says."""
+    kernel = None
+    for line in report.splitlines():
+        if match := re.search(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", line):
+            kernel = Kernel(source, match[2], match[1])
+        elif kernel and (match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", line)):
+            kernel.stack, kernel.spilled = int(match[1]), int(match[2])
+        elif kernel and (match := re.search(r"Used (\d+) registers", line)):
+            kernel.registers = int(match[1])
+            yield kernel
+            kernel = None
+
+
+def parse_dump(dump: str) -> dict[tuple[str, str], list[str]]:
+    """Instructions by (architecture, kernel) of ``cuobjdump -sass``."""
+    found: dict[tuple[str, str], list[str]] = {}
+    architecture, body = "", []
+    for line in dump.splitlines():
+        if match := re.search(r"\barch = sm_(\w+)", line):
+            architecture = match[1]
+        elif match := re.search(r"\bFunction : (\w+)", line):
+            body = found.setdefault((architecture, match[1]), [])
+        elif match := re.search(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
+            body.append(match[1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
+    folder, made = tmp_path_factory.mktemp("machine_code"), []
+    for name, source in SOURCES.items():
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in source.architectures]
+        target = folder / f"{name}.o"
+        compiled = subprocess.run(
+            ["nvcc", "-std=c++17", "-O3", "-DNDEBUG", "-fmad=false", "--threads=2", *codes, "-Xptxas=-v", "-c",
+             str(CUDA / f"{name}.cu"), "-o", str(target)],
+            capture_output=True, text=True, cwd=folder,
+        )  # fmt: skip
+        assert compiled.returncode == 0, compiled.stderr
+        these = list(parse_report(name, compiled.stdout + compiled.stderr))
+        assert {kernel.architecture for kernel in these} == set(source.architectures)
+        made += these
+        if dumper := tool("cuobjdump"):
+            path = os.pathsep.join((str(Path(dumper).parent), os.environ["PATH"]))  # it calls nvdisasm
+            dumped = subprocess.run(
+                [dumper, "-sass", str(target)], capture_output=True, text=True, env=os.environ | {"PATH": path}
+            )
+            assert dumped.returncode == 0, dumped.stderr
+            instructions = parse_dump(dumped.stdout)
+            for kernel in these:
+                kernel.instructions = instructions[kernel.architecture, kernel.name]
+                assert "EXIT" in kernel.instructions
+    return made
+
+
+def test_every_file_is_listed() -> None:
+    assert {path.stem for path in CUDA.glob("*.cu")} == set(SOURCES)
+
+
+def test_nothing_is_spilled(kernels: list[Kernel]) -> None:
+    assert not [kernel for kernel in kernels if kernel.spilled or kernel.stack]
+
+
+def test_registers(kernels: list[Kernel]) -> None:
+    for kernel in kernels:
+        bounds = SOURCES[kernel.source].registers
+        bound = next(most for words, most in bounds.items() if re.search(words, kernel.name))
+        assert 0 < kernel.registers <= bound, f"{kernel.name} on {kernel.architecture}: {kernel.registers}"
+
+
+@needs_cuobjdump
+def test_no_local_memory(kernels: list[Kernel]) -> None:
+    for kernel in kernels:
+        local = {i for i in kernel.instructions if re.match(r"(LDL|STL)\b", i)}
+        assert not local, f"{kernel.name} on {kernel.architecture}: {local}"
+
+
+@needs_cuobjdump
+def test_rows_move_in_16_bytes(kernels: list[Kernel]) -> None:
+    """Kernels for aligned rows of bf16 read and write them 16 bytes at a time."""
+    found = [k for k in kernels if re.search("RowLayoutI13__nv_bfloat16Li8E", k.name)]
+    assert len(found) == 2 * 5 * len(EVERYWHERE)
+    for kernel in found:
+        reads, writes = ([i for i in kernel.instructions if i.startswith(op)] for op in ("LDG", "STG"))
+        rows = [i for i in reads if "STRONG" in i or "BYPASS" in i]  # past L1
+        assert rows and all(".128" in i for i in (*rows, *writes)), kernel.name
+        assert not [i for i in reads if ".U16" in i], kernel.name
+    move = [k for k in kernels if "move_rows_kernelI5uint4" in k.name]
+    assert move and all({"STG.E.128"} >= {i for i in k.instructions if i.startswith("STG")} for k in move)
+
+
+@needs_cuobjdump
+def test_attention_uses_the_tensor_cores(kernels: list[Kernel]) -> None:
+    """Warpgroup products and bulk tensor copies, and not the products of older cards."""
+    found = [k for k in kernels if k.source == "attention_sm90"]
+    for kernel in found:
+        names = {i.partition(".")[0] for i in kernel.instructions}
+        assert {"HGMMA", "UTMALDG", "USETMAXREG"} <= names and "HMMA" not in names, kernel.name
+    assert found

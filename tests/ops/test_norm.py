@@ -1,0 +1,162 @@
+"""norm_modulate, residual_norm_modulate against fp64 NumPy on every path: odd sizes, strided rows, strange numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from .conftest import KERNELS, Guarded, call, poison, random, same_bits
+
+FLOATS = [torch.float32, torch.bfloat16]
+EPS = 1e-6
+dtypes = pytest.mark.parametrize("dtype", FLOATS)
+kernels = pytest.mark.parametrize("kernel", KERNELS)
+# batch, active, channels, rows of the tables, batch of the tables
+SHAPES = [(1, 1, 1, 1, 1), (2, 7, 3, 4, 2), (3, 5, 64, 2, 1), (1, 9, 97, 1, 1), (2, 4, 200, 3, 2), (1, 2, 1536, 5, 1)]
+
+
+def wide(tensor: Tensor) -> np.ndarray:
+    return tensor.double().numpy()
+
+
+def of_token(table: Tensor, rows: Tensor) -> np.ndarray:
+    """[B or 1, A, C] in fp64."""
+    return wide(table if table.shape[1] == 1 else table[:, rows])
+
+
+def exact(x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The result in fp64, and the size of what was added up in it."""
+    with np.errstate(all="ignore"):
+        centred = wide(x) - wide(x).mean(-1, keepdims=True)
+        normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + EPS)
+        factor, offset = 1 + of_token(scale, rows), of_token(shift, rows)
+        return normed * factor + offset, abs(normed * factor) + abs(offset) + abs(normed)
+
+
+def near(out: Tensor, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor) -> None:
+    """One rounding to the dtype, beside those of fp32 arithmetic."""
+    result, size = exact(x, shift, scale, rows)
+    half_ulp = 2.0**-8 if out.dtype == torch.bfloat16 else 2.0**-24
+    assert (abs(wide(out) - result) <= 1.01 * half_ulp * abs(result) + 2e-6 * size + 1e-6).all()
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [*SHAPES, None])
+def test_against_fp64(
+    path: str, dtype: torch.dtype, shape: tuple[int, ...] | None, rng: np.random.Generator
+) -> None:
+    """Rows, sums and tables lie in larger buffers, whose other elements are neither used nor changed."""
+    if shape is None:
+        shape = tuple(int(n) for n in rng.integers(1, (4, 20, 500, 6)))
+        shape = (*shape, shape[0])
+        print(f"shape {shape}")
+    batch, active, channels, table_rows, table_batch = shape
+    x, y = (Guarded(random(rng, batch, active, channels, dtype=dtype)) for _ in range(2))
+    gate, shift, scale = (Guarded(random(rng, table_batch, table_rows, channels)) for _ in range(3))
+    rows = torch.from_numpy(rng.integers(0, table_rows, active))
+    given = None if table_rows == 1 else rows
+    tables = shift.tensor, scale.tensor
+
+    out = Guarded(poison(batch, active, channels, dtype=dtype))
+    call(path, "norm_modulate", out.tensor, x.tensor, *tables, given, EPS, threads=2)
+    near(out.tensor, x.tensor, *tables, rows)
+    assert out.intact() and x.intact()
+
+    for gated in (True, False):
+        total, out = (Guarded(poison(batch, active, channels, dtype=dtype)) for _ in range(2))
+        arguments = (x.tensor, y.tensor, gate.tensor if gated else None, *tables, given, EPS)
+        call(path, "residual_norm_modulate", total.tensor, out.tensor, *arguments, threads=2)
+        product = y.tensor.float().numpy()
+        if gated:
+            product = product * of_token(gate.tensor, rows).astype(np.float32)
+        added = torch.from_numpy(x.tensor.float().numpy() + product).to(dtype)
+        assert same_bits(total.tensor, added)  # each operation rounded to fp32, then the sum to its dtype
+        near(out.tensor, added, *tables, rows)
+        in_place, again = x.tensor.clone(), poison(batch, active, channels, dtype=dtype)
+        call(path, "residual_norm_modulate", in_place, again, in_place, *arguments[1:])
+        assert same_bits(in_place, added) and same_bits(again, out.tensor)
+        assert all(guarded.intact() for guarded in (total, out, x, y, gate, shift, scale))
+
+
+@dtypes
+def test_tables_of_one_row_beside_others(path: str, dtype: torch.dtype, rng: np.random.Generator) -> None:
+    """The gate has a row for each frame, the norm that follows is affine: one row for all, scale = weight - 1."""
+    x, y = (random(rng, 2, 6, 40, dtype=dtype) for _ in range(2))
+    gate, weight, bias = random(rng, 2, 3, 40), random(rng, 40), random(rng, 40)
+    rows = torch.tensor([2, 0, 1, 1, 0, 2])
+    total, out = (poison(2, 6, 40, dtype=dtype) for _ in range(2))
+    shift, scale = bias[None, None], weight[None, None] - 1
+    call(path, "residual_norm_modulate", total, out, x, y, gate, shift, scale, rows, EPS)
+    added = (x.float() + gate[:, rows] * y.float()).to(dtype)
+    assert same_bits(total, added)
+    near(out, added, shift, scale, rows)
+    affine = torch.nn.functional.layer_norm(added.double(), (40,), weight.double(), bias.double(), EPS)
+    assert (out.double() - affine).abs().max() < (4e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_rows_far_from_zero(path: str, rng: np.random.Generator) -> None:
+    """The variance is that of differences from the mean: squares of the elements would lose all its digits."""
+    x = random(rng, 1, 8, 1000) + 3000
+    zero = torch.zeros(1, 1, 1000)
+    out = poison(1, 8, 1000)
+    call(path, "norm_modulate", out, x, zero, zero, None, EPS)
+    assert abs(wide(out) - exact(x, zero, zero, torch.zeros(8, dtype=torch.int64))[0]).max() < 2e-3
+
+
+@dtypes
+def test_constant_rows(path: str, dtype: torch.dtype) -> None:
+    """Without variance eps decides: nothing is divided by zero, and the shift is what is left."""
+    shift, scale = torch.full((1, 1, 70), 0.375), torch.full((1, 1, 70), 2.0)
+    out = poison(1, 2, 70, dtype=dtype)
+    call(path, "norm_modulate", out, torch.full((1, 2, 70), 4.0, dtype=dtype), shift, scale, None, EPS)
+    assert (out == 0.375).all()
+
+
+@dtypes
+def test_nan_and_infinity_stay_in_their_row(path: str, dtype: torch.dtype, rng: np.random.Generator) -> None:
+    x, y = (random(rng, 1, 6, 77, dtype=dtype) for _ in range(2))
+    x[0, 1, 76], x[0, 2, 3], y[0, 3, 40] = float("nan"), float("inf"), -float("inf")
+    gate, shift, scale = (random(rng, 1, 2, 77) for _ in range(3))
+    shift[0, 1, 5], scale[0, 1, 6] = float("inf"), float("nan")
+    rows = torch.tensor([0, 0, 0, 0, 1, 0])
+    total, out = (poison(1, 6, 77, dtype=dtype) for _ in range(2))
+    call(path, "residual_norm_modulate", total, out, x, y, gate, shift, scale, rows, EPS)
+    assert out[0, 1:4].isnan().all()
+    assert out[0, 4, 5] == float("inf") and out[0, 4, 6].isnan() and out[0, 4].isfinite().sum() == 75
+    assert out[0, [0, 5]].isfinite().all()
+    assert total.isnan().sum() == 1 and total.isinf().sum() == 2
+
+
+@kernels
+@dtypes
+def test_no_bit_depends_on_threads_neighbours_or_instruction_set(
+    kernel: str, dtype: torch.dtype, rng: np.random.Generator
+) -> None:
+    x, y = (random(rng, 2, 300, 331, dtype=dtype) for _ in range(2))
+    gate, shift, scale = (random(rng, 1, 4, 331) for _ in range(3))
+    rows = torch.from_numpy(rng.integers(0, 4, 300))
+
+    def run(path: str, some: Tensor, threads: int) -> tuple[Tensor, Tensor]:
+        total, out = (poison(2, len(some), 331, dtype=dtype) for _ in range(2))
+        call(
+            path, "residual_norm_modulate", total, out, x[:, some], y[:, some], gate, shift, scale, rows[some], EPS,
+            threads=threads,
+        )  # fmt: skip
+        return total, out
+
+    everything = torch.arange(300)
+    expected = run("generic", everything, 1)
+    for threads in (1, 2, 3, 8):
+        assert all(map(same_bits, run(kernel, everything, threads), expected))
+    some = torch.from_numpy(rng.permutation(300)[:37])
+    assert all(same_bits(a, b[:, some]) for a, b in zip(run(kernel, some, 2), expected, strict=True))
+
+
+def test_nothing_to_do(path: str) -> None:
+    table = torch.zeros(1, 1, 5)
+    for shape in ((0, 3, 5), (2, 0, 5)):
+        out, total = torch.empty(shape), torch.empty(shape)
+        call(path, "norm_modulate", out, torch.empty(shape), table, table, None, EPS)
+        call(path, "residual_norm_modulate", total, out, *torch.empty(2, *shape), None, table, table, None, EPS)
