@@ -90,8 +90,8 @@ sanitize() {
   return $failed
 }
 
-ops() { "$python" -m bench.gpu.ops --out "$out" --commit "$commit"; }
-layer() { "$python" -m bench.gpu.layer --out "$out" --commit "$commit" --active 1408 4680 8190; }
+ops() { timeout -k 10 1500 "$python" -m bench.gpu.ops --out "$out" --commit "$commit"; }
+layer() { timeout -k 10 600 "$python" -m bench.gpu.layer --out "$out" --commit "$commit" --active 1408 4680 8190; }
 
 failed=0
 : > "$out/summary.txt"

@@ -18,7 +18,7 @@ from torch import Tensor
 _LOG2E = 1.4426950408889634
 _TOKENS = 64  # of a block in the online softmax
 _SCORED = 8  # tokens a program scores: the product of query and weight stays in registers
-_COLS = 128  # channels of a program
+_COLS = 64  # channels of a program
 
 
 @triton.jit(do_not_specialize=["active"])

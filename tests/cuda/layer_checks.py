@@ -1,7 +1,7 @@
-"""What the CUDA kernels of the transformer ops must do, on any machine that runs them: a card, or the emulator.
+"""What the CUDA kernels of the memory-bound ops must do, on any machine that runs them: a card, or the emulator.
 
-Expected values are computed in fp64 from the tensors as given. Outputs start as NaN inside guarded buffers, inputs
-lie between NaNs.
+Expected values are computed in fp64 from the tensors as given; for the step family they are the definition's bits.
+Outputs start as NaN inside guarded buffers, inputs lie between NaNs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+
+from dsa_rt import reference
 
 FLOATS = [torch.float32, torch.bfloat16]
 LAYOUTS = ["dense", "aligned", "odd", "mixed"]
@@ -258,6 +260,49 @@ def confidence_pool(
     size = torch.einsum("bha,bac->bhc", weights, tokens.double().abs()) * (2 + terms.abs().sum(-1).amax())
     close(out.cpu(), expected, size)
     assert all(one.unchanged() for one in placed)
+
+
+STEP_SHAPES = [(2, 7, 33), (1, 19, 64), (3, 2, 1)]
+
+
+def step_family(
+    machine: Machine, rng: np.random.Generator, shape: tuple[int, int, int], dtype: torch.dtype,
+    velocity_dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Noise, renoising and the cached step have the bits of the definition."""
+    batch, count, width = shape
+
+    def on(tensor: Tensor) -> Tensor:
+        return tensor.clone().to(machine.device)
+
+    seeds = torch.from_numpy(rng.integers(-(2**63), 2**63, batch))
+    tokens = torch.from_numpy(rng.integers(0, 2**40, count))
+    x, old = random(rng, *shape, dtype=dtype), random(rng, *shape, dtype=velocity_dtype)
+    noise = on(nothing(*shape, dtype=dtype))
+    machine.run("philox_normal", noise, on(seeds), on(tokens), 3)
+    assert same_bits(noise.cpu(), reference.philox_normal(seeds, tokens, width, 3).to(dtype))
+    for level in (0.0, 0.4):
+        out, x0 = (on(nothing(*shape, dtype=dtype)) for _ in range(2))
+        machine.run("renoise", out, x0, on(x), on(old), on(seeds), on(tokens), 0.75, level, 2)
+        noisy, clean = reference.renoise(x, old, 0.75, level, seeds, tokens, 2)
+        assert same_bits(out.cpu(), noisy) and same_bits(x0.cpu(), clean)
+    rows = torch.from_numpy(rng.permutation(count)[: (count + 1) // 2])
+    fresh = random(rng, batch, len(rows), width, dtype=velocity_dtype)
+    stepped, cache, score = on(x), on(old), on(nothing(batch, len(rows)))
+    machine.run("cached_step", stepped, cache, score, on(rows), on(fresh), -0.125)
+    new_x, new_cache, change = reference.cached_step(x, old, rows, fresh, -0.125)
+    assert same_bits(stepped.cpu(), new_x) and same_bits(cache.cpu(), new_cache)
+    torch.testing.assert_close(score.cpu(), change, rtol=1e-5, atol=0)
+
+
+def exit_decision(machine: Machine, rng: np.random.Generator) -> None:
+    logit, threshold = random(rng, 300, scale=5.0), torch.from_numpy(rng.random(300, dtype=np.float32))
+    refine = torch.full((300,), 9, dtype=torch.uint8).to(machine.device)
+    confidence = nothing(300).to(machine.device)
+    machine.run("exit_decision", refine, confidence, logit.to(machine.device), threshold.to(machine.device))
+    torch.testing.assert_close(confidence.cpu(), reference.exit_decision(logit, threshold)[1], rtol=1e-6, atol=0)
+    assert torch.equal(refine.cpu(), (confidence.cpu() < threshold).to(torch.uint8))
+    assert set(refine.tolist()) == {0, 1}
 
 
 OUT_OF_RANGE = ["norm_modulate", "qk_norm_rope_store", "gather_rows", "scatter_rows", "cached_step"]

@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from dsa_rt import reference
-
 from . import emulation, layer_checks
-from .layer_checks import FLOATS, LAYOUTS, Machine, nothing, random, same_bits
+from .layer_checks import FLOATS, LAYOUTS, Machine
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler"),
@@ -97,37 +95,13 @@ def test_out_of_range(machine: Machine, op: str, bad: int) -> None:
 
 @dtypes
 @pytest.mark.parametrize("velocity_dtype", FLOATS)
-@pytest.mark.parametrize("shape", [(2, 7, 33), (1, 19, 64), (3, 2, 1)])
+@pytest.mark.parametrize("shape", layer_checks.STEP_SHAPES)
 def test_step_family(
     machine: Machine, rng: np.random.Generator, shape: tuple[int, int, int], dtype: torch.dtype,
     velocity_dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    """The bits of the definition."""
-    batch, count, width = shape
-    seeds = torch.from_numpy(rng.integers(-(2**63), 2**63, batch))
-    tokens = torch.from_numpy(rng.integers(0, 2**40, count))
-    x, old = random(rng, *shape, dtype=dtype), random(rng, *shape, dtype=velocity_dtype)
-    noise = nothing(*shape, dtype=dtype)
-    machine.run("philox_normal", noise, seeds, tokens, 3)
-    assert same_bits(noise, reference.philox_normal(seeds, tokens, width, 3).to(dtype))
-    for level in (0.0, 0.4):
-        out, x0 = nothing(*shape, dtype=dtype), nothing(*shape, dtype=dtype)
-        machine.run("renoise", out, x0, x, old, seeds, tokens, 0.75, level, 2)
-        expected = reference.renoise(x, old, 0.75, level, seeds, tokens, 2)
-        assert same_bits(out, expected[0]) and same_bits(x0, expected[1])
-    rows = torch.from_numpy(rng.permutation(count)[: (count + 1) // 2])
-    fresh = random(rng, batch, len(rows), width, dtype=velocity_dtype)
-    stepped, cache, score = x.clone(), old.clone(), nothing(batch, len(rows))
-    machine.run("cached_step", stepped, cache, score, rows, fresh, -0.125)
-    new_x, new_cache, change = reference.cached_step(x, old, rows, fresh, -0.125)
-    assert same_bits(stepped, new_x) and same_bits(cache, new_cache)
-    torch.testing.assert_close(score, change, rtol=1e-5, atol=0)
+    layer_checks.step_family(machine, rng, shape, dtype, velocity_dtype)
 
 
 def test_exit_decision(machine: Machine, rng: np.random.Generator) -> None:
-    logit, threshold = random(rng, 300, scale=5.0), torch.from_numpy(rng.random(300, dtype=np.float32))
-    refine, confidence = torch.full((300,), 9, dtype=torch.uint8), nothing(300)
-    machine.run("exit_decision", refine, confidence, logit, threshold)
-    decision, value = reference.exit_decision(logit, threshold)
-    torch.testing.assert_close(confidence, value, rtol=1e-6, atol=0)
-    assert torch.equal(refine.bool(), confidence < threshold) and refine.max() == 1 and decision.any()
+    layer_checks.exit_decision(machine, rng)

@@ -1,4 +1,4 @@
-"""The CUDA kernels of the transformer ops on a card, against fp64: the checks of the emulator, and larger ones."""
+"""The CUDA kernels of the memory-bound ops on a card, against fp64: the checks of the emulator, and larger ones."""
 
 from __future__ import annotations
 
@@ -63,6 +63,19 @@ def test_confidence_pool(
 ) -> None:
     for weights in FLOATS:
         layer_checks.confidence_pool(machine, rng, shape, dtype, layout, weights)
+
+
+@dtypes
+@pytest.mark.parametrize("velocity_dtype", FLOATS)
+@pytest.mark.parametrize("shape", [*layer_checks.STEP_SHAPES, (1, 32760, 64)])
+def test_step_family(
+    rng: np.random.Generator, shape: tuple[int, int, int], dtype: torch.dtype, velocity_dtype: torch.dtype
+) -> None:
+    layer_checks.step_family(machine, rng, shape, dtype, velocity_dtype)
+
+
+def test_exit_decision(rng: np.random.Generator) -> None:
+    layer_checks.exit_decision(machine, rng)
 
 
 def calls(rng: np.random.Generator) -> dict[str, tuple[list[Tensor], tuple[Any, ...]]]:

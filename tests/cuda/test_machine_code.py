@@ -37,8 +37,11 @@ SOURCES = {
     "step": Source(EVERYWHERE, {"": 40}),  # 6 blocks of 256
     "layers": Source(
         EVERYWHERE,
-        # Blocks of 128 threads: 5, with fp32 3. A row over a block: up to 512 threads.
-        {"norm_modulate_kernel.*13__nv_bfloat16": 96, "norm_modulate": 160, "qk_norm_rope": 96, "move_rows": 48},
+        # Rows of 16-byte pieces of bf16: 5 blocks of 128. A row over a block: up to 512 threads. Else 3 of 128.
+        {
+            "norm_modulate.*I13__nv_bfloat16Li8E": 96, "norm_modulate.*Lb1E": 128, "norm_modulate": 168,
+            "qk_norm_rope": 96, "move_rows": 48,
+        },
     ),
     "confidence_pool": Source(EVERYWHERE, {"": 128}),  # 2 blocks of 256
     "attention_sm90": Source(("90a",), {"": 168}),  # one block of 384, which splits them anew
@@ -166,8 +169,10 @@ def test_rows_move_in_16_bytes(kernels: list[Kernel]) -> None:
         rows = [i for i in reads if "STRONG" in i or "BYPASS" in i]  # past L1
         assert rows and all(".128" in i for i in (*rows, *writes)), kernel.name
         assert not [i for i in reads if ".U16" in i], kernel.name
-    move = [k for k in kernels if "move_rows_kernelI5uint4" in k.name]
-    assert move and all({"STG.E.128"} >= {i for i in k.instructions if i.startswith("STG")} for k in move)
+    moves = [k for k in kernels if "move_rows_kernelI5uint4" in k.name]
+    assert len(moves) == len(EVERYWHERE)
+    for kernel in moves:
+        assert {i[:9] for i in kernel.instructions if i.startswith("STG")} == {"STG.E.128"}
 
 
 @needs_cuobjdump

@@ -6,6 +6,7 @@ The module is built anew, at -O1. A finding ends the child with a report.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -69,10 +70,12 @@ def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProce
 def test_the_ops(environment: dict[str, str]) -> None:
     """Every kernel of every instruction set of this machine. Left out: what is about the framework, not the kernels."""
     files = sorted(str(path) for path in (ROOT / "tests/ops").glob("test_*.py") if path.name != "test_backend.py")
-    done = run(environment, "-m", "pytest", "-p", "sanitized_plugin", "-p", "no:cacheprovider", "-q", "-x", *files,
+    done = run(environment, "-m", "pytest", "-p", "sanitized_plugin", "-p", "no:cacheprovider", "-x", *files,
                "-k", "not opcheck and not compile and not torch")  # fmt: skip
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
     assert f"native module: {environment['DSA_RT_NATIVE_MODULE']}" in done.stdout
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None and int(passed[1]) > 500
 
 
 OUT_OF_BOUNDS = """

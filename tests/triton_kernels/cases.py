@@ -278,14 +278,18 @@ def _exit_decision(b: Buffers, count: int, flag: str) -> Iterator[Check]:
 
 
 def _pool(
-    b: Buffers, batch: int, active: int, heads: int, dim: int, weights: str = "float32", large: float = 1.0
-) -> Iterator[Check]:
+    b: Buffers, batch: int, active: int, heads: int, dim: int, weights: str = "float32", large: float = 1.0,
+    multiprocessors: int = 0,
+) -> Iterator[Check]:  # fmt: skip
+    """multiprocessors: shares of the tokens as on a card of so many, fewer and longer ones."""
     width = heads * dim
     keys, tokens = b.guarded(b.normal(batch, active, width)), b.guarded(b.normal(batch, active, width))
     query, weight = b.wide(heads, dim) * large, b.normal(width, dtype=getattr(torch, weights)) + 1
     out = torch.full((batch, heads, width), math.nan, device=b.device)
-    scratch = b.poisoned(function("confidence_pool_scratch")(out, tokens), dtype=torch.float32)
-    function("confidence_pool")(out, query, keys, weight, tokens, 1e-6, scratch)
+    card = card_of(keys)._replace(multiprocessors=multiprocessors) if multiprocessors else card_of(keys)
+    with mock.patch("dsa_rt.kernels.triton.pool.card_of", lambda tensor: card):
+        scratch = b.poisoned(function("confidence_pool_scratch")(out, tokens), dtype=torch.float32)
+        function("confidence_pool")(out, query, keys, weight, tokens, 1e-6, scratch)
     want = layers.confidence_pool(query, keys.float(), weight, tokens.float(), 1e-6)
     yield compare("out", out, want, 1e-5, 1e-5 * large)
 

@@ -86,6 +86,8 @@ CASES = [
         "confidence_pool",
         {"batch": 2, "active": 37, "heads": 3, "dim": 10},
         {"batch": 1, "active": 300, "heads": 2, "dim": 16, "weights": "float16"},  # shares that are merged
+        {"batch": 1, "active": 300, "heads": 2, "dim": 16, "multiprocessors": 1},  # shares of several blocks
+        {"batch": 2, "active": 130, "heads": 2, "dim": 16, "multiprocessors": 1},  # one share of several blocks
         {"batch": 2, "active": 129, "heads": 5, "dim": 37, "large": 8.0},
         {"batch": 1, "active": 1, "heads": 1, "dim": 4},
     ),

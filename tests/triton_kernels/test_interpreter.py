@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy
 import pytest
 
 from dsa_rt.ops.triton import FAMILIES
@@ -16,7 +17,17 @@ from dsa_rt.ops.triton import FAMILIES
 from .cases import Case
 from .interpreted import CASES
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.partition("+")[0].split(".")[:3])
+
+
+pytestmark = pytest.mark.skipif(
+    _version(triton.__version__) < (3, 7, 1) and _version(numpy.__version__) >= (2, 4),
+    reason="the interpreter of this Triton cannot loop to a bound known at run time with NumPy 2.4 or newer",
+)
 
 SCRIPT = Path(__file__).with_name("interpret.py")
 
@@ -42,3 +53,16 @@ def test_interpreted(case: Case, results: Mapping[str, dict[str, float] | str]) 
     assert isinstance(errors, dict), errors
     wrong = {output: error for output, error in errors.items() if not error <= 1}
     assert not wrong, f"error over what is allowed, by output: {wrong}"
+
+
+def test_triton_is_imported_with_the_first_use() -> None:
+    code = """if True:
+        import sys, torch
+        before = set(sys.modules)
+        import dsa_rt, dsa_rt.ops.step, dsa_rt.ops.triton as loader
+        print(loader.installed(), "triton" in set(sys.modules) - before)
+        loader.function("norm_modulate")
+        print("triton" in sys.modules)
+    """
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["True", "False", "True"]
