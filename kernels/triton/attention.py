@@ -70,7 +70,7 @@ def _attend(
 
 @triton.jit(
     do_not_specialize=[
-        "active", "first",
+        "active", "first", "lse_batch", "lse_head", "lse_share",
         "n0", "b00", "e00", "b01", "e01", "n1", "b10", "e10", "b11", "e11",
         "n2", "b20", "e20", "b21", "e21", "n3", "b30", "e30", "b31", "e31",
     ]
@@ -151,7 +151,7 @@ def _attention(
         tl.store(lse + batch * lse_batch + head * lse_head + index, log_sum, mask=local < count)
 
 
-@triton.jit(do_not_specialize=["active", "shares"])
+@triton.jit(do_not_specialize=["active", "shares", "lse_batch", "lse_head"])
 def _merge(
     out, lse, partial, sums, active, heads, shares, out_batch, out_row, out_head, lse_batch, lse_head,
     DIM: tl.constexpr, DIMS: tl.constexpr, QUERIES: tl.constexpr,

@@ -18,7 +18,9 @@ _LN2 = tl.constexpr(0.6931471805599453)
 _QUERIES = 64
 
 
-@triton.jit(do_not_specialize=["first", "count", "b0", "e0", "s0", "b1", "e1", "s1"])
+@triton.jit(
+    do_not_specialize=["first", "count", "b0", "e0", "s0", "b1", "e1", "s1", "lse_batch", "lse_head"]
+)  # fmt: skip
 def _attention_fp8(
     out, q, k, v, k_scale, v_scale, lse, scale, heads, first, count, b0, e0, s0, b1, e1, s1,
     out_batch, out_row, out_head, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,

@@ -55,7 +55,7 @@ def _renoise(
     tl.store(out + batch * out_batch + rows * out_row + cols, noisy.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["active", "total"])
+@triton.jit(do_not_specialize=["active", "total", "score_batch"])
 def _store_fresh(
     cache, fresh, rows, score, active, total, width, cache_batch, cache_row, fresh_batch, fresh_row, score_batch,
     ROWS: tl.constexpr, COLS: tl.constexpr,

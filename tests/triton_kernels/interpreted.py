@@ -28,7 +28,8 @@ _SEGMENTS = (  # counts and ranges around multiples of a tile, an empty segment,
     (0, 3, 5, 0, 0),
     (1, 40, 41, 0, 0),
     (5, 7, 7, 30, 62),
-    (12, 82, 83, 0, 1),
+    (10, 82, 83, 0, 1),
+    (2, 7, 7, 30, 35),
     (3, 1, 80, 0, 0),
 )
 

@@ -52,13 +52,15 @@ def test_every_tile_fits(card: Card, element_size: int) -> None:
 
 
 def test_the_choice_has_the_lowest_estimate() -> None:
-    """Against every tile and number of shares there is, over many sizes."""
+    """Against every tile and number of shares there is, over many sizes; sharing has to promise a tenth."""
     numbers = torch.Generator().manual_seed(5)
     for _ in range(200):
         active, rows = (int(torch.randint(1, 40000, (), generator=numbers)) for _ in range(2))
         sizes = {"rows": rows, "heads": 40, "batch": 2, "dim": 64, "element_size": 2}
-        best = cycles(choose(active, card=H100, may_share=True, **sizes), active, card=H100, **sizes)
+        best = choose(active, card=H100, may_share=True, **sizes)
+        chosen = cycles(best, active, card=H100, **sizes) * (1.1 if best.shares > 1 else 1)
         for tile in tiles_for(64, 2, H100):
             for shares in (1, 2, 3, 4, 6, 8):
                 if shares <= ceil_div(rows, tile.rows):
-                    assert best <= cycles(Choice(tile, shares), active, card=H100, **sizes)
+                    other = cycles(Choice(tile, shares), active, card=H100, **sizes)
+                    assert chosen <= other * (1.1 if shares > 1 else 1)
