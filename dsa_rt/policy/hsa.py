@@ -309,4 +309,5 @@ OURS = MappingProxyType(
     }
 )
 """Every second step inside the window is skipped, for all tokens alike, and the velocity goes on along its line; named
-by their share of 40 full steps. They keep no K/V, and on the demo no choice of tokens comes near (bench/hsa)."""
+by their share of 40 full steps. They keep no K/V; on the demo, under guidance 6 and shift 8, no choice of tokens comes
+near (bench/hsa)."""

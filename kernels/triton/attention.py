@@ -171,7 +171,8 @@ def _merge(
         place = partial + ((part * active + index)[:, None] * heads + head) * DIM + element[None, :]
         mean = tl.load(place, mask=inside, other=0.0)
         higher = tl.maximum(highest, log_sum)
-        keep, weight = tl.exp2(highest - higher), tl.exp2(log_sum - higher)
+        reference = tl.where(higher == float("-inf"), 0.0, higher)  # so far no share with a row
+        keep, weight = tl.exp2(highest - reference), tl.exp2(log_sum - reference)
         total = total * keep + weight
         result = result * keep[:, None] + mean * weight[:, None]
         highest = higher
