@@ -77,5 +77,11 @@ _OTHER_ORDER: dict[str, Callable[..., None]] = {
 
 
 def runner(op: str) -> Callable[..., None]:
-    """Runs an op with the arguments of its schema, in their order. Scratch comes from the framework's allocator."""
-    return _OTHER_ORDER.get(op) or (lambda *arguments: function(op)(*arguments))
+    """Runs an op with the arguments of its schema, in their order, on the device of the first. Scratch comes from the
+    framework's allocator."""
+
+    def run(*arguments: Any) -> None:
+        with torch.cuda.device_of(arguments[0]):
+            (_OTHER_ORDER.get(op) or function(op))(*arguments)
+
+    return run
