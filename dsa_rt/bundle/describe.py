@@ -67,7 +67,7 @@ def describe_plan(policy: Policy, plan: StepPlan, cache_bytes: Mapping[str, int]
             {"share": share, "steps": budget, "tokens": size}
             for (share, budget), size in zip(groups, plan.sizes, strict=bool(groups))
         ],
-        "selection": None if plan.policy is None else plan.policy.selection,
+        "selection": plan.policy.selection if plan.policy is not None and plan.stale else None,
         "scoring_steps": list(plan.scoring),
         "active_tokens": list(plan.counts),
         "token_step_share": plan.token_step_share,

@@ -109,8 +109,12 @@ def _not_for_hopper(out: Tensor, *_: Any) -> str | None:
     return None if out.shape[3] in (64, 128) else f"the head dimension is {out.shape[3]}, expected 64 or 128"
 
 
-# Best first. Rows are added here as other backends come in.
-IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
+def _triton(op: str) -> Implementation:
+    missing = "" if triton.installed() else "Triton is not installed"
+    return Implementation("triton", ("cuda",), note="Triton kernels", missing=missing, run=triton.runner(op))
+
+
+_BEFORE_TRITON = {
     "philox_normal": _FLOAT_ROWS,
     "renoise": _FLOAT_ROWS,
     "cached_step": _FLOAT_ROWS,
@@ -123,18 +127,10 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     "scatter_rows": _ANY_ROWS,
     "confidence_pool": _FLOAT_ROWS,
 }
-
-
-def _with_triton(op: str, rows: tuple[Implementation, ...]) -> tuple[Implementation, ...]:
-    """Triton comes last: it serves where it is asked for, until it has been measured on a GPU."""
-    missing = "" if triton.installed() else "Triton is not installed"
-    last = Implementation(
-        "triton", ("cuda",), note="Triton kernels", missing=missing, run=triton.runner(op),
-    )  # fmt: skip
-    return (*rows, last)
-
-
-IMPLEMENTATIONS = {op: _with_triton(op, rows) for op, rows in IMPLEMENTATIONS.items()}
+# Best first. Triton comes last, so that it serves where it is asked for, until it has been measured on a GPU.
+IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
+    op: (*rows, _triton(op)) for op, rows in _BEFORE_TRITON.items()
+}
 
 
 def choose(op: str, device: str, dtype: torch.dtype, backend: str | None = None) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dsa_rt.bundle import describe_plan
 from dsa_rt.errors import PolicyError
 from dsa_rt.policy import HSA, Fixed, StepPlan, parse_policy
 from dsa_rt.policy.hsa import OURS, PRESETS, SELECTIONS, default_strength
@@ -129,6 +130,7 @@ def test_presets_of_our_own() -> None:
         plan = policy.plan(40, 336, 16)
         assert policy.name == name and f"window-{100 * plan.token_step_share:.0f}" == name
         assert plan.kept_rows == 0 and set(plan.counts) == {0, 336}
+        assert describe_plan(policy, plan, {})["selection"] is None  # no token is chosen
 
 
 @pytest.mark.parametrize("name", PRESETS)
