@@ -5,6 +5,7 @@ here. ``stream`` (CUDA) is the stream's address. Each check_… does the checks 
 any device.
 """
 
+from collections.abc import Callable
 from typing import TypedDict
 
 from torch import Tensor
@@ -22,6 +23,17 @@ class BuildInfo(TypedDict):
     cuda: str
 
 def build_info() -> BuildInfo: ...
+
+class Program:
+    """Ops on CPU tensors, recorded once and replayed in one call; see dsa_rt.recording."""
+
+    def record(self, function: Callable[[], object]) -> None: ...
+    def replay(self, threads: int = 1) -> None: ...
+    @property
+    def ops(self) -> list[str]: ...
+    @property
+    def bytes(self) -> int: ...
+
 def philox_normal(
     out: Tensor,
     seeds: Tensor,
