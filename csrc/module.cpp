@@ -37,5 +37,6 @@ PYBIND11_MODULE(_native, m) {
   dsa_rt::bind_step(m);
   dsa_rt::bind_attention(m);
   dsa_rt::bind_layers(m);
+  dsa_rt::bind_linear(m);
   dsa_rt::bind_program(m);
 }

@@ -146,6 +146,16 @@ def check_residual_norm_modulate(
     rows: Tensor | None,
     eps: float,
 ) -> None: ...
+def rms_norm(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    threads: int = 1,
+    instruction_set: str = "",
+    stream: int = 0,
+) -> None: ...
+def check_rms_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None: ...
 def qk_norm_rope_store(
     q_out: Tensor,
     k_cache: Tensor,
@@ -177,6 +187,24 @@ def check_qk_norm_rope_store(
     slots: Tensor | None,
     eps: float,
 ) -> None: ...
+def linear(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    layout: str,
+    threads: int = 1,
+    instruction_set: str = "",
+    stream: int = 0,
+) -> None: ...
+def check_linear(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, layout: str
+) -> None: ...
+def linear_layout(bfloat16: bool, instruction_set: str = "") -> tuple[str, int, int, int]:
+    """Of the kernel for weights of that dtype: its name, rows of a panel, what the last one is rounded up to, and
+    elements along K that lie together."""
+
 def gather_rows(
     out: Tensor, x: Tensor, rows: Tensor, threads: int = 1, instruction_set: str = "", stream: int = 0
 ) -> None: ...

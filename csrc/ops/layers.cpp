@@ -135,6 +135,33 @@ class ResidualNormModulate : public Norm {
   }
 };
 
+class RmsNorm {
+ public:
+  RmsNorm(py::handle out, py::handle x, py::handle weight, double eps) : op_("rms_norm") {
+    const DtypeRule dtype("T", float_dtypes);
+    const auto& o = op_.tensor("out", out, {"B", "A", "C"}, dtype, Access::write);
+    const auto& from = op_.tensor("x", x, {"B", "A", "C"}, dtype);
+    const auto& w = op_.tensor("weight", weight, {"C"}, float_dtypes);
+    op_.check_overlap({{"out", "x"}});
+    params_ = {rows_of(o),    rows_of(from), w.data, element_of(w), op_.size("B"), op_.size("A"),
+               op_.size("C"), static_cast<float>(eps)};
+  }
+
+  void run(const Launch& launch) {
+    const auto& p = params_;
+    if (op_.device().kind == DeviceKind::cpu) {
+      const auto kernel = cpu_kernels(launch.instruction_set).rms_norm;
+      return parallel_for(p.batch * p.active, grain_of(row_work, p.width), launch.threads,
+                          [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+    }
+    no_kernel(op_);
+  }
+
+ private:
+  Signature op_;
+  RmsNormParams params_;
+};
+
 class QkNormRopeStore {
  public:
   QkNormRopeStore(py::handle q_out, py::handle k_cache, py::handle v_cache, py::handle q, py::handle k, py::handle v,
@@ -345,6 +372,7 @@ void bind_layers(py::module_& m) {
   bind<ResidualNormModulate, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, double>(
       m, "residual_norm_modulate", arg("sum"), arg("out"), arg("x"), arg("y"), arg("gate"), arg("shift"), arg("scale"),
       arg("rows"), arg("eps"));
+  bind<RmsNorm, Tensor, Tensor, Tensor, double>(m, "rms_norm", arg("out"), arg("x"), arg("weight"), arg("eps"));
   bind<QkNormRopeStore, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, double>(
       m, "qk_norm_rope_store", arg("q_out"), arg("k_cache"), arg("v_cache"), arg("q"), arg("k"), arg("v"),
       arg("q_weight"), arg("k_weight"), arg("cos"), arg("sin"), arg("slots"), arg("eps"));

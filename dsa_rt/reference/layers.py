@@ -54,6 +54,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    """``act(x Wᵀ + bias)`` in fp32, unrounded: x [..., K], rounded to the dtype of ``weight`` [N, K] first; bias [N] or
+    None; activation "none" or "gelu", in its tanh form."""
+    y = F.linear(x.to(weight.dtype).float(), weight.float(), None if bias is None else bias.float())
+    return F.gelu(y, approximate="tanh") if activation == "gelu" else y
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate interleaved pairs: x [B, A, H, D]; cos, sin [A, D / 2] fp32 (Wan's complex multiplication)."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
