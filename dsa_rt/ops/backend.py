@@ -124,6 +124,7 @@ _BEFORE_TRITON = {
     "renoise": _FLOAT_ROWS,
     "cached_step": _FLOAT_ROWS,
     "exit_decision": _FLOAT_ROWS,
+    "rms_norm": (Implementation("native", ("cpu",), _FLOATS, _native_note()), _DEFINITION),
     "norm_modulate": _FLOAT_ROWS,
     "residual_norm_modulate": _FLOAT_ROWS,
     "qk_norm_rope_store": _FLOAT_ROWS,

@@ -101,22 +101,25 @@ def active_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = 
     in order.
     """
     if segments is not None:
-        return torch.cat([active_attention(*part) for part in _segments(q, k, v, segments)], 1)
+        return torch.cat([active_attention(*part) for part in split_segments(q, k, v, segments)], 1)
     return torch.einsum("bhan,bnhd->bahd", _scores(q, k).softmax(-1), v.float()).to(q.dtype)
 
 
 def attention_log_sum_exp(q: Tensor, k: Tensor, segments: Tensor | None = None) -> Tensor:
     """Natural logarithm of the softmax's denominator in :func:`active_attention`: [B, H, A] fp32."""
     if segments is not None:
-        return torch.cat([attention_log_sum_exp(q, k) for q, k, _ in _segments(q, k, k, segments)], 2)
+        return torch.cat([attention_log_sum_exp(q, k) for q, k, _ in split_segments(q, k, k, segments)], 2)
     return _scores(q, k).logsumexp(-1)
 
 
-def _segments(q: Tensor, k: Tensor, v: Tensor, segments: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+def split_segments(q: Tensor, k: Tensor, v: Tensor, segments: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     """The queries, keys and values of each segment."""
     parts, start = [], 0
     for count, begin, end, begin2, end2 in segments.tolist():
-        keys, values = (torch.cat((rows[:, begin:end], rows[:, begin2:end2]), 1) for rows in (k, v))
+        ranges = [slice(b, e) for b, e in ((begin, end), (begin2, end2)) if e > b]
+        keys, values = (
+            rows[:, ranges[0]] if len(ranges) == 1 else torch.cat([rows[:, r] for r in ranges], 1) for rows in (k, v)
+        )
         parts.append((q[:, start : start + count], keys, values))
         start += count
     return parts
