@@ -167,6 +167,7 @@ class Engine:
         self.slots = torch.zeros(count, dtype=torch.int64, device=device)
         self.levels = torch.zeros(count, dtype=torch.int64, device=device)
         self._levels: list[int] = [0] * (2 * sizes.lanes)
+        self._segments = torch.zeros(2, 2 * sizes.lanes, 5, dtype=torch.int64)  # of shared passes, and of their text
         still = frame_tokens(sizes.grid, range(2 * sizes.chunk), config.head_dim, per_frame=False)
         self.cos, self.sin = (table.repeat(sizes.lanes, 1).to(device) for table in (still.cos, still.sin))
         self.seeds = torch.zeros(sizes.lanes, dtype=torch.int64, device=device)
@@ -212,8 +213,8 @@ class Engine:
         taps = [True, False] if judged else [False]
         for lane in lanes:
             lane.open(0)
-        if len(lanes) > 1:
-            self._visit(lanes, 0, taps)
+        for count in range(len(lanes), 1, -1):  # both sides of each, then one
+            self._visit(lanes[:count], 0, taps)
         for lane in lanes:
             # What a graph holds of the ring repeats once it has gone round; before that chunks see more and more.
             around = self.sizes.places // math.gcd(self.sizes.places - self.sizes.sink, self.sizes.chunk)
@@ -238,6 +239,8 @@ class Engine:
         for with_taps in taps:
             if together:
                 self.run([*old, *new], taps=with_taps)
+                for less in range(1, len(lanes)):  # some are at a first pass
+                    self.run([*old, *new[less:]], taps=with_taps)
             self.run(old, taps=with_taps)
             self.run(new, taps=with_taps)
 
@@ -268,27 +271,13 @@ class Engine:
             self._levels[number] = level
 
     def _alone(self, lane: Lane, span: range, sides: Sequence[int], taps: bool) -> Output:
-        """One or both sides of a lane: recorded at first, then replayed."""
+        """One or both sides of a lane, where they are."""
         segments = lane.segments[sides[0] : sides[-1] + 1]
-        # A graph of a device has what the host read while it was captured; what the CPU replays is read again.
-        fixed = tuple(segments.flatten().tolist()) if self.device.type == "cuda" else ()
-        key = (span, taps, *fixed)
-        if key in self.passes:
-            recorded, made = self.passes[key]
-            recorded.replay()
-            return made[0]
         rows = slice(span.start, span.stop)
         active = ActiveSet(
             self.tokens[rows], self.cos[rows], self.sin[rows], self.levels[rows], self.slots[rows], segments=segments
         )
-        made = []
-        forward = self._forward(self.rows[:, rows], active, lane.text, taps, made)
-        forward()  # makes the buffers that are still missing
-        if len(span) % self.chunk_tokens:  # a part of a chunk, when a prompt changes: rare
-            return made[0]
-        recorded = self._record(self.device, forward)
-        self.passes[key] = recorded, made
-        return made[0]
+        return self._replayed((span, taps), self.rows[:, rows], active, lane.text, taps)
 
     def _side_by_side(self, pieces: Sequence[Piece], taps: bool) -> Output:
         """Pieces of several lanes, their rows brought together."""
@@ -299,20 +288,38 @@ class Engine:
             for name, source in whole.items()
         }
         begin = 0
-        for piece in pieces:
+        for number, piece in enumerate(pieces):
             span, end = piece.span, begin + len(piece.span)
             for name, source in whole.items():
                 picked[name][begin:end] = source[span.start : span.stop]
-            begin = end
-        segments = torch.stack([piece.lane.segments[piece.side] for piece in pieces])
-        texts = [[len(p.span), p.lane.number * length, (p.lane.number + 1) * length, 0, 0] for p in pieces]
+            begin, text = end, piece.lane.number * length
+            self._segments[0, number] = piece.lane.segments[piece.side]
+            self._segments[1, number] = torch.tensor([len(span), text, text + length, 0, 0])
+        segments, texts = self._segments[:, : len(pieces)]
         active = ActiveSet(
             picked["slots"],  # in place of token numbers, which the model does not read
-            picked["cos"], picked["sin"], picked["levels"], picked["slots"], segments=segments,
-            text_segments=torch.tensor(texts),
+            picked["cos"], picked["sin"], picked["levels"], picked["slots"], segments=segments, text_segments=texts,
         )  # fmt: skip
-        made: list[Output] = []
-        self._forward(picked["rows"][None], active, self.text, taps, made)()
+        return self._replayed((count, len(pieces), taps), picked["rows"][None], active, self.text, taps)
+
+    def _replayed(
+        self, kind: tuple[object, ...], rows: Tensor, active: ActiveSet, text: TextKV, taps: bool
+    ) -> Output:
+        """A kind of pass over buffers that are always the same for it: recorded at first."""
+        # A graph of a device has what the host read while it was captured; what the CPU replays is read again.
+        assert active.segments is not None
+        if self.device.type == "cuda":
+            kind += tuple(active.segments.flatten().tolist())
+        if kind in self.passes:
+            recorded, made = self.passes[kind]
+            recorded.replay()
+            return made[0]
+        made = []
+        forward = self._forward(rows, active, text, taps, made)
+        forward()  # makes the buffers that are still missing
+        passing = rows.shape[1] % self.chunk_tokens or (self.device.type == "cuda" and active.text_segments is not None)
+        if not passing:  # no part of a chunk, of a prompt that changes, and no company on CUDA: these are many
+            self.passes[kind] = self._record(self.device, forward), made
         return made[0]
 
     def _forward(
