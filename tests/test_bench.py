@@ -160,6 +160,13 @@ def test_growth_is_seen_and_noise_is_not() -> None:
     assert not leak["flat"] and leak["growth"] == pytest.approx(0.1 * 269, rel=0.05)
 
 
+def test_a_slower_end_is_seen_and_noise_is_not() -> None:
+    noise = np.random.default_rng(3).normal(5, 0.5, 800)
+    assert memory.drift(noise.tolist())["flat"] and memory.drift((noise + np.linspace(1, 0, 800)).tolist())["flat"]
+    slower = memory.drift((noise * np.linspace(1, 1.4, 800)).tolist())
+    assert not slower["flat"] and slower["ratio"] == pytest.approx(1.26, rel=0.05)
+
+
 def test_table_and_json(tmp_path: Path) -> None:
     lines = common.table(["a", "b"], [["long name", "1"], ["x", "12345"]]).splitlines()
     assert len({len(line) for line in lines}) == 1 and lines[1].endswith("-:|")
