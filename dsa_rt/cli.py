@@ -1,4 +1,4 @@
-"""The command line: `dsa-rt generate | export | inspect | prompts | doctor | train`.
+"""The command line: `dsa-rt generate | export | inspect | bench | prompts | doctor | train`.
 
 Results go to stdout, progress and errors to stderr. With --json, stdout gets exactly one JSON object. An
 error is one line, `dsa-rt: error: …`; nothing is left half-written. torch is imported inside the commands
@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import dsa_rt
@@ -80,12 +81,16 @@ def _run(given: list[str]) -> int:
         return train(given[1:]) or 0
     options = _parser().parse_args(given)
     if not options.json:
-        options.run(options)
-        return 0
+        return _exit_code(options.run(options))
     with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints, stdout stays one object
         record = options.run(options)
     print(json.dumps(record, allow_nan=False))
-    return 0
+    return _exit_code(record)
+
+
+def _exit_code(record: Any) -> int:
+    """A record may name one, where what was asked for is done and the answer is no."""
+    return int(record.get("exit_code", 0)) if isinstance(record, dict) else 0
 
 
 # Parsing ----------------------------------------------------------------------------------------------------
@@ -208,6 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--kv-storage", choices=KV_STORAGES, help=f"{KV_HELP} (default: auto)")
     look.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), help="of that run (default: auto)")
     look.add_argument("--device", choices=("cpu", "cuda"), help="of that run; need not be here (default: cpu)")
+    _add_bench(command("bench", commands.bench, "measure speed, latency and memory, or compare two measurements"))
     command("prompts", commands.prompts, "show what the demo understands, with examples")
     command(
         "doctor", commands.doctor, "show what was found on this machine, which backend runs what, and why"
@@ -266,6 +272,28 @@ def _add_export(make: argparse.ArgumentParser) -> None:
     ):
         how.add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=meaning)
     how.add_argument("--taps", metavar="LIST", help="blocks that the confidence head reads, from 0: 13,21,29")
+
+
+def _add_bench(make: argparse.ArgumentParser) -> None:
+    make.epilog = f"{EXIT_CODES}  1 also says that --compare found something worse beyond noise\n"
+    make.add_argument(
+        "cases", nargs="*", metavar="CASE", help="names or patterns such as 'demo-*' (default: all); --list shows them"
+    )
+    make.add_argument("--list", action="store_true", help="show the cases and which can run here, and measure nothing")
+    make.add_argument(
+        "--compare", nargs=2, metavar=("A.json", "B.json"), help="say what changed from one result to another"
+    )
+    make.add_argument(
+        "--out", type=Path, default=Path("bench-results"), metavar="DIR",
+        help="folder for suite.json and pictures (default: %(default)s)",
+    )  # fmt: skip
+    make.add_argument("--quick", action="store_true", help="clips of 33 frames, to see that it works")
+    make.add_argument(
+        "--runs", type=int, default=7, metavar="N", help="timed runs of each case, 5 or more (default: %(default)s)"
+    )
+    make.add_argument("--device", default="cpu", help="of the demo's cases: cpu, cuda (default: %(default)s)")
+    make.add_argument("--threads", type=int, metavar="N", help="torch threads (default: torch's)")
+    make.add_argument("--quiet", action="store_true", help="no progress line")
 
 
 # Errors -----------------------------------------------------------------------------------------

@@ -242,6 +242,14 @@ def inspect(options: argparse.Namespace) -> dict[str, Any]:
     return record
 
 
+def bench(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures the suite's cases, lists them, or compares two results."""
+    load_modules("dsa_rt.runtime")
+    from dsa_rt.suite.command import bench as run
+
+    return run(options)
+
+
 def doctor(options: argparse.Namespace) -> dict[str, Any]:
     """Shows what was found on this machine."""
     load_modules("torch")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsa_rt import trace
 from dsa_rt.errors import OptionError
 from dsa_rt.ops import triton
 
@@ -206,9 +207,9 @@ def register(schema: str) -> None:
         return None
 
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, run_cpu, "CPU")
+    _LIBRARY.impl(name, trace.named(name, run_cpu), "CPU")
     if native.build_info()["cuda"]:
-        _LIBRARY.impl(name, run_cuda, "CUDA")
+        _LIBRARY.impl(name, trace.named(name, run_cuda), "CUDA")
     torch.library.register_fake(f"dsa_rt::{name}", fake, lib=_LIBRARY)
 
 
