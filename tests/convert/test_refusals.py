@@ -363,7 +363,7 @@ def test_places_to_write_to(wan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dest = wan.parent / "dest"
     convert(wan, dest)
     manifest = (dest / "manifest.json").read_bytes()
-    with pytest.raises(OutputError, match="exists: choose another name, or allow overwriting"):
+    with pytest.raises(OutputError, match=r"exists: choose another name, or .* overwrite=True \(--overwrite\)"):
         convert(wan, dest, choices=Choices(name="x"))
     assert (dest / "manifest.json").read_bytes() == manifest
     assert convert(wan, dest, choices=Choices(name="x"), overwrite=True).manifest.name == "x"
