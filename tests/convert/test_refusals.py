@@ -392,3 +392,10 @@ def test_options(wan: Path) -> None:
     refused(BundleError, "is not a folder; --components names", wan, components=[wan / "config.json"])
     with pytest.raises(OptionError, match="form is 'causl'"):
         Choices(form="causl")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_heads_that_no_file_tells(tmp_path: Path, suffix: str) -> None:
+    state, file = original_state(transformer(1, 3, 32)), tmp_path / f"wan.{suffix}"
+    save_file(state, file) if suffix == "safetensors" else torch.save(state, file)
+    refused(BundleError, "is 96 wide, which heads of 128 do not divide; .* unless a config.json", file)
