@@ -100,7 +100,7 @@ def convert(
     head = None
     if found.head is not None:
         taps = choices.taps if choices.taps is not None else TAPS.get(found.config.layers, ())
-        written["confidence_head"], head = parts.confidence_head(*found.head, found.config.heads, taps)
+        written["confidence_head"], head = parts.confidence_head(*found.head, found.config, taps)
     elif choices.taps is not None:
         raise OptionError(f"--taps was given, but '{source}' has no confidence head; leave it out")
     written |= {name: component.part for name, component in kept.items() if component is not None}
