@@ -383,7 +383,8 @@ def test_options(wan: Path) -> None:
     for options, message in [
         ({"dtype": "fp8"}, "dtype is 'fp8'; expected"), ({"weights": "best"}, "weights is 'best'"),
         ({"weights": "ema"}, "--weights ema chooses between the generators of a torch file"),
-        ({"shard_bytes": 0}, "shard size is 0"), ({"choices": Choices(chunk_frames=3)}, "chunk_frames belong to a ca"),
+        ({"shard_bytes": 0}, "shard size is 0"),
+        ({"choices": Choices(chunk_frames=3)}, "chunk_frames: only causal generators"),
         ({"choices": Choices(boundary=0.5)}, "a boundary belongs to two experts"),
         ({"choices": Choices(steps=(1000.0,))}, "a bidirectional generator needs a number of steps"),
         ({"choices": Choices(form="causal", steps=4)}, "a causal generator needs a list of timesteps"),
