@@ -25,6 +25,7 @@ from dsa_rt.generate import Generate
 
 MEGABYTE = 1e6
 FLAT_MEGABYTES = 8.0  # over a whole part; of 300 clips 30 KB each, where the cache and frames of one are 6 MB
+DRIFT = 0.1  # share by which the last quarter of a stream may take longer than the first
 SETTLE = 0.1  # share of a part that comes first and is left out: allocators fill their pools
 
 
@@ -48,22 +49,36 @@ def many_generations(generate: Generate, count: int, bar: Callable[[], object]) 
     return sizes
 
 
-def endless_stream(generate: Generate, frames: int, bar: Callable[[], object]) -> list[int]:
-    """Resident size after each chunk of one session of at least ``frames`` frames, with a new prompt every 25
-    chunks.
+def endless_stream(
+    generate: Generate, frames: int, bar: Callable[[], object]
+) -> tuple[list[int], list[float]]:
+    """Of one session of at least ``frames`` frames, with a new prompt every 25 chunks: resident size after
+    each chunk, and the chunk's milliseconds for a model call (head included) and its decoding.
     """
     cases = held_out_cases(16)
     session = generate.session(cases[0].prompt, 0, endless=True)
-    sizes, made, chunks = [], 0, 0
+    sizes, milliseconds, made, chunks = [], [], 0, 0
     while made < frames:
         if chunks and chunks % 25 == 0:
             session.set_prompt(cases[chunks // 25 % len(cases)].prompt, recache=chunks // 25 % 2 == 0)
-        made += len(session.next_chunk().frames)
+        chunk = session.next_chunk()
+        made, spent = made + len(chunk.frames), chunk.stats
+        milliseconds.append((spent.denoise_ms + spent.context_ms) / spent.model_calls + spent.decode_ms)
         chunks += 1
         sizes.append(resident_bytes())
         bar()
     session.close()
-    return sizes
+    return sizes, milliseconds
+
+
+def drift(milliseconds: Sequence[float]) -> dict[str, Any]:
+    """JSON-ready: medians of the first and the last quarter after the first tenth, their ratio, and whether
+    that is flat.
+    """
+    settled = milliseconds[int(len(milliseconds) * SETTLE) :]
+    quarter = max(1, len(settled) // 4)
+    first, last = (float(np.median(part)) for part in (settled[:quarter], settled[-quarter:]))
+    return {"first_ms": first, "last_ms": last, "ratio": last / first, "flat": last / first <= 1 + DRIFT}
 
 
 def summarise(sizes: Sequence[int]) -> dict[str, Any]:
@@ -88,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parse.add_argument("--policy", default="dsa", help="policy of both parts")
     parse.add_argument("--generations", type=common.positive, default=300, help="whole clips")
     parse.add_argument(
-        "--stream-frames", type=int, default=4000, help="frames of the endless stream, 0 for none"
+        "--stream-frames", type=int, default=10_000, help="frames of the endless stream, 0 for none"
     )
     parse.add_argument("--frames", type=common.positive, help="length of each clip (the bundle's)")
     options = parse.parse_args(arguments)
@@ -97,7 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "memory", options, warm_up=f"compile; the first {SETTLE:.0%} of each part are left out of its slope",
         included=["resident size of the whole process (interpreter, torch and weights too), after every "
                   "clip or chunk, without a garbage collection before it",
-                  f"flat: fitted growth over a part of at most {FLAT_MEGABYTES} MB"],
+                  f"flat: fitted growth over a part of at most {FLAT_MEGABYTES} MB",
+                  "pace: of the endless stream, milliseconds of a chunk for one model call and its decoding; flat: the "
+                  f"median of the last quarter at most {DRIFT:.0%} above that of the first"],
     )  # fmt: skip
     runtime = dsa_rt.load(options.bundle, dtype=options.dtype)
     generate = runtime.compile(frames=options.frames, policy=options.policy)
@@ -107,7 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parts = {"generations": summarise(many_generations(generate, options.generations, bar.update))}
     if options.stream_frames > 0:
         with tqdm(desc="endless stream", unit="chunk", disable=quiet) as bar:
-            parts["endless stream"] = summarise(endless_stream(generate, options.stream_frames, bar.update))
+            sizes, milliseconds = endless_stream(generate, options.stream_frames, bar.update)
+            parts["endless stream"], result["pace"] = summarise(sizes), drift(milliseconds)
     print(common.table(
         ["part", "steps", "first MB", "last MB", "largest MB", "KB per step", "growth MB", "flat"],
         [[name, str(part["count"]), *(common.figure(part[key]) for key in ("first", "last", "largest")),
@@ -115,9 +133,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
           "yes" if part["flat"] else "NO"] for name, part in parts.items()],
     ))  # fmt: skip
     print(f"planned for one generation: {generate.plan.total / MEGABYTE:.1f} MB beside interpreter and torch")
+    if pace := result.get("pace"):
+        print(
+            f"pace of the stream: {pace['first_ms']:.2f} ms at first, {pace['last_ms']:.2f} ms at last, "
+            f"{'flat' if pace['flat'] else 'NOT FLAT'}"
+        )
     result |= {"planned_mb": generate.plan.total / MEGABYTE, "parts": parts}
     print("written:", common.show_path(common.write_json(options.out, "memory.json", result)))
-    return 0 if all(part["flat"] for part in parts.values()) else 1
+    return 0 if all(part["flat"] for part in (*parts.values(), result.get("pace", {"flat": True}))) else 1
 
 
 if __name__ == "__main__":

@@ -22,14 +22,12 @@ from torch import Tensor
 
 from bench.metrics import spearman
 from bench.prompts import Case
-from dsa_rt.cache import KVCache
 from dsa_rt.demo.grammar import MOTIONS
+from dsa_rt.engine import CONTEXT, Piece
 from dsa_rt.generate import Generate
 from dsa_rt.models.wan import Output
-from dsa_rt.plan import ActiveSet
 from dsa_rt.policy import Decider, Records
-from dsa_rt.sampler.passes import ChunkPasses
-from dsa_rt.sampler.rollout import Rollout
+from dsa_rt.sampler.rollout import DenoisedChunk, Rollout, advance
 from dsa_rt.schedule import to_x0
 
 
@@ -43,18 +41,6 @@ class _EveryPass(Decider):
         return True
 
 
-class _Watched(ChunkPasses):
-    """Passes that keep each clean prediction of the chunk in hand."""
-
-    x0: list[Tensor]
-
-    def denoise(self, rows: Tensor, active: ActiveSet, sigma: float, taps: Sequence[int] = ()) -> Output:
-        out = super().denoise(rows, active, sigma, taps)
-        if sigma > 0:
-            self.x0.append(to_x0(rows, out.velocity.float(), sigma))
-        return out
-
-
 @dataclass(frozen=True)
 class ClipRecord:
     """confidence, error [chunks, passes]; latents [C, F, h, w] fp32 of the clip with all passes."""
@@ -64,31 +50,33 @@ class ClipRecord:
     latents: Tensor
 
 
-@torch.no_grad()
-def record_clip(dense: Generate, prompt: str, seed: int) -> ClipRecord:
-    """One clip with all passes, watched. dense: any compiled function of a bundle with a head, for its
-    settings.
-    """
-    runtime, settings = dense.runtime, dense.settings
-    assert runtime.head is not None
-    config = runtime.model.config
-    text = runtime.model.embed_text(runtime.text_encoder.encode([prompt]))
-    cache = KVCache(
-        layers=config.layers, batch=1, window=settings.window, sink=settings.sink,
-        tokens_per_frame=settings.grid.tokens, heads=config.heads, head_dim=config.head_dim,
-        dtype=runtime.dtype, device=runtime.device,
-    )  # fmt: skip
-    watched = _Watched(runtime.model, settings.grid, text, cache)
-    rollout = Rollout(
-        watched, runtime.head, settings.sigmas, _EveryPass(settings.passes), seed, settings.chunk_frames
-    )
+class _Watched(Rollout):
+    """A rollout that keeps each clean prediction of the chunk in hand."""
+
+    x0: list[Tensor]
+
+    def take(self, pieces: Sequence[Piece], results: Sequence[Output], began: object) -> DenoisedChunk | None:
+        level = pieces[-1].level
+        if level != CONTEXT:
+            self.x0.append(to_x0(self.lane.rows(self.side), results[-1].velocity.float(), self.sigmas[level]))
+        return super().take(pieces, results, began)
+
+
+def record_clip(judged: Generate, prompt: str, seed: int) -> ClipRecord:
+    """One clip with all passes, watched. judged: a function compiled for a policy that asks the head."""
+    runtime, settings = judged.runtime, judged.settings
+    lane = judged.lend()
+    lane.engine.read_prompt(lane, runtime.text_encoder.encode([prompt]))
+    rollout = _Watched(lane, _EveryPass(settings.passes), seed)
     confidences, errors, rows = [], [], []
     for _ in range(settings.chunks):
-        watched.x0 = []
-        done = rollout.next_chunk(lambda passes, confidence: None, lambda: None)
+        rollout.x0, done = [], None
+        while done is None:
+            (done,) = advance([rollout])
         confidences.append(done.confidences)
-        errors.append([float((x0 - watched.x0[-1]).double().square().mean()) for x0 in watched.x0])
-        rows.append(done.x0)
+        errors.append([float((x0 - rollout.x0[-1]).double().square().mean()) for x0 in rollout.x0])
+        rows.append(done.x0.clone())
+    judged.take_back(lane)
     latents = settings.grid.unpatchify(torch.cat(rows, 1))[0]
     return ClipRecord(np.array(confidences, np.float64), np.array(errors, np.float64), latents)
 

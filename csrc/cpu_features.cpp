@@ -30,11 +30,10 @@ const std::vector<std::pair<InstructionSet, std::string>>& instruction_sets() {
 
 InstructionSet choose_instruction_set(const std::string& name) {
   if (name.empty()) return instruction_sets().front().first;
-  std::string known;
-  for (const auto& [set, set_name] : instruction_sets()) {
+  for (const auto& [set, set_name] : instruction_sets())
     if (set_name == name) return set;
-    known += (known.empty() ? "" : ", ") + set_name;
-  }
+  std::string known;
+  for (const auto& [set, set_name] : instruction_sets()) known += (known.empty() ? "" : ", ") + set_name;
   throw OptionError("instruction set '" + name + "' does not run here, expected one of " + known);
 }
 

@@ -5,6 +5,7 @@
 #include "cpu_features.h"
 #include "ops/ops.h"
 #include "parallel.h"
+#include "program.h"
 #include "tensor.h"
 
 namespace py = pybind11;
@@ -36,4 +37,6 @@ PYBIND11_MODULE(_native, m) {
   dsa_rt::bind_step(m);
   dsa_rt::bind_attention(m);
   dsa_rt::bind_layers(m);
+  dsa_rt::bind_linear(m);
+  dsa_rt::bind_program(m);
 }

@@ -4,7 +4,10 @@
 #include <cctype>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <sstream>
+
+#include "scratch.h"
 
 namespace dsa_rt {
 namespace {
@@ -326,16 +329,21 @@ void Signature::check_contiguous(const TensorView& view) const {
 void Signature::check_rows(const TensorView& rows, int64_t total, bool distinct) const {
   const auto* row = rows.as<int64_t>();
   const auto at = [&](int64_t i) { return std::string(rows.name) + "[" + std::to_string(i) + "]"; };
-  std::vector<bool> taken(distinct ? static_cast<size_t>(total) : 0);
+  unsigned char* taken = nullptr;  // a mark for each row
+  if (distinct && rows.shape[0]) {
+    taken = static_cast<unsigned char*>(thread_scratch(static_cast<size_t>(total)));
+    if (!taken && total) throw std::bad_alloc();
+    std::fill_n(taken, total, 0);
+  }
   for (int64_t i = 0; i < rows.shape[0]; ++i) {
     if (row[i] < 0 || row[i] >= total)
       fail(at(i) + " is " + std::to_string(row[i]) + ", expected 0 to " + std::to_string(total - 1));
     if (!distinct) continue;
-    if (taken[static_cast<size_t>(row[i])]) {
+    if (taken[row[i]]) {
       const int64_t before = std::find(row, row + i, row[i]) - row;
       fail(at(i) + " is " + std::to_string(row[i]) + " like " + at(before) + ", expected distinct rows");
     }
-    taken[static_cast<size_t>(row[i])] = true;
+    taken[row[i]] = 1;
   }
 }
 

@@ -5,6 +5,7 @@ here. ``stream`` (CUDA) is the stream's address. Each check_… does the checks 
 any device.
 """
 
+from collections.abc import Callable
 from typing import TypedDict
 
 from torch import Tensor
@@ -22,6 +23,17 @@ class BuildInfo(TypedDict):
     cuda: str
 
 def build_info() -> BuildInfo: ...
+
+class Program:
+    """Ops on CPU tensors, recorded once and replayed in one call; see dsa_rt.recording."""
+
+    def record(self, function: Callable[[], object]) -> None: ...
+    def replay(self, threads: int = 1) -> None: ...
+    @property
+    def ops(self) -> list[str]: ...
+    @property
+    def bytes(self) -> int: ...
+
 def philox_normal(
     out: Tensor,
     seeds: Tensor,
@@ -134,6 +146,16 @@ def check_residual_norm_modulate(
     rows: Tensor | None,
     eps: float,
 ) -> None: ...
+def rms_norm(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    threads: int = 1,
+    instruction_set: str = "",
+    stream: int = 0,
+) -> None: ...
+def check_rms_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None: ...
 def qk_norm_rope_store(
     q_out: Tensor,
     k_cache: Tensor,
@@ -165,6 +187,24 @@ def check_qk_norm_rope_store(
     slots: Tensor | None,
     eps: float,
 ) -> None: ...
+def linear(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    layout: str,
+    threads: int = 1,
+    instruction_set: str = "",
+    stream: int = 0,
+) -> None: ...
+def check_linear(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, layout: str
+) -> None: ...
+def linear_layout(bfloat16: bool, instruction_set: str = "") -> tuple[str, int, int, int]:
+    """Of the kernel for weights of that dtype: its name, rows of a panel, what the last one is rounded up to, and
+    elements along K that lie together."""
+
 def gather_rows(
     out: Tensor, x: Tensor, rows: Tensor, threads: int = 1, instruction_set: str = "", stream: int = 0
 ) -> None: ...

@@ -2,9 +2,11 @@
 
 Every pass writes its tokens' K (after qk-norm and RoPE at absolute positions) and V into their own rows before it
 attends. Latent frame f lives in one place: frames below ``sink`` stay for good, later ones take turns in the other
-``window - sink`` places. So a chunk that does not fit evicts the oldest frames after the sink, frame by frame, nothing
-is shifted or copied, later passes of a chunk reuse its rows, and the attended rows are always a prefix of the buffer
-(attention has no order among keys: their positions are in their rotation).
+places. So a chunk that does not fit evicts the oldest frames after the sink, frame by frame, nothing is shifted or
+copied, and later passes of a chunk reuse its rows (attention has no order among keys: their positions are in their
+rotation). With as many places as the window has frames the attended rows are a prefix of the buffer. With a chunk more,
+what a new chunk pushes out of the window is still there for the chunk before it, so that the context pass of one and
+the first pass of the other can run as one; the attended rows then are one or two ranges.
 """
 
 from __future__ import annotations
@@ -25,10 +27,55 @@ def cache_bytes(
     return 2 * layers * batch * window * tokens_per_frame * dim * dtype.itemsize
 
 
-class KVCache:
+class Ring:
+    """Where the latent frames of one clip lie in a cache of ``places`` frames (default: ``window``). ``window`` counts
+    the sink, the clip's first frames that stay, and the chunk being denoised."""
+
+    def __init__(self, window: int, sink: int, places: int | None = None) -> None:
+        if not 0 <= sink < window:
+            raise OptionError(f"sink is {sink} latent frames; expected 0 <= sink < window ({window})")
+        self.window, self.sink, self.places = window, sink, places or window
+        if self.places < window:
+            raise OptionError(f"a cache of {places} latent frames does not hold a window of {window}")
+        self._first = sink  # the frame that opens the ring
+
+    def place(self, frame: int) -> int:
+        """Which place latent frame ``frame`` takes."""
+        if frame < self.sink:
+            return frame
+        return self.sink + (frame - self._first) % (self.places - self.sink)
+
+    def restart(self, frame: int) -> None:
+        """Empty the ring; ``frame``, after the sink, is the next one it takes. For writing the K/V of the frames in
+        the window again, oldest first: each then attends to those before it and to nothing else."""
+        self._first = max(frame, self.sink)
+
+    def written(self, frames: range) -> list[int]:
+        """The places of consecutive frames; OptionError where they do not fit beside the sink."""
+        if len(frames) > self.window - min(self.sink, frames.start):
+            raise OptionError(
+                f"a chunk of {len(frames)} latent frames does not fit a window of {self.window} with a sink of "
+                f"{self.sink}; make the window at least {self.sink + len(frames)}"
+            )
+        return [self.place(frame) for frame in frames]
+
+    def seen(self, stop: int) -> list[tuple[int, int]]:
+        """The one or two ranges of places that a chunk attends to which ends before frame ``stop``."""
+        oldest = max(self._first, stop - (self.window - self.sink))
+        places = sorted({self.place(f) for f in (*range(min(self.sink, stop)), *range(oldest, stop))})
+        ranges: list[tuple[int, int]] = []
+        for place in places:
+            if ranges and ranges[-1][1] == place:
+                ranges[-1] = (ranges[-1][0], place + 1)
+            else:
+                ranges.append((place, place + 1))
+        return ranges
+
+
+class KVCache(Ring):
     """Self-attention K/V of the last ``window`` latent frames, ``sink`` of them the clip's first.
 
-    k, v: [layers, B, window * tokens_per_frame, H, D]. ``window`` counts the sink and the chunk being denoised.
+    k, v: [layers, B, window * tokens_per_frame, H, D].
     """
 
     def __init__(
@@ -44,34 +91,16 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
-        if not 0 <= sink < window:
-            raise OptionError(f"sink is {sink} latent frames; expected 0 <= sink < window ({window})")
-        self.window, self.sink, self.tokens_per_frame = window, sink, tokens_per_frame
-        self._first = sink  # the frame that opens the ring
+        super().__init__(window, sink)
+        self.tokens_per_frame = tokens_per_frame
         shape = (layers, batch, window * tokens_per_frame, heads, head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
-    def place(self, frame: int) -> int:
-        """Which of the ``window`` places latent frame ``frame`` takes."""
-        if frame < self.sink:
-            return frame
-        return self.sink + (frame - self._first) % (self.window - self.sink)
-
-    def restart(self, frame: int) -> None:
-        """Empty the ring; ``frame``, after the sink, is the next one it takes. For writing the K/V of the frames in
-        the window again, oldest first: each then attends to those before it and to nothing else."""
-        self._first = max(frame, self.sink)
-
     def slots(self, frames: range) -> Tensor:
         """Cache rows [len(frames) * tokens_per_frame] int64 of consecutive frames."""
-        if len({self.place(f) for f in frames}) < len(frames):
-            raise OptionError(
-                f"a chunk of {len(frames)} latent frames does not fit a window of {self.window} with a sink of "
-                f"{self.sink}; make the window at least {self.sink + len(frames)}"
-            )
         inside = torch.arange(self.tokens_per_frame)
-        return torch.cat([self.place(f) * self.tokens_per_frame + inside for f in frames])
+        return torch.cat([place * self.tokens_per_frame + inside for place in self.written(frames)])
 
     def valid(self, frames_seen: int) -> int:
         """Rows [0, valid) hold K/V once ``frames_seen`` frames have been written."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from threading import Event as CancelFlag
 from typing import TYPE_CHECKING, cast
@@ -11,13 +14,15 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from dsa_rt.errors import OptionError
+from dsa_rt.engine import Engine, Lane, Sizes
+from dsa_rt.errors import MemoryLimitError, OptionError
 from dsa_rt.images import read_image
 from dsa_rt.media import Video
 from dsa_rt.memory import MemoryPlan
 from dsa_rt.policy import HSA, Calibration, Decider, Fixed, Policy, StepPlan
 from dsa_rt.policy.targets import Cost
 from dsa_rt.progress import Event
+from dsa_rt.sampler.rollout import advance
 from dsa_rt.schedule import euler_sigmas
 from dsa_rt.session import Chunk, OnEvent, Session, checked_text
 from dsa_rt.settings import Settings, expert_steps
@@ -30,14 +35,22 @@ if TYPE_CHECKING:
 
 
 class Generate:
-    """A bundle compiled for one size, length and policy. Calls share nothing but the weights: any number of sessions
-    and threads may run side by side, each with the K/V cache the plan counts once."""
+    """A bundle compiled for one size, length and policy.
+
+    Any number of sessions and threads may run side by side. What ``sessions`` of them run on is there once compile is
+    done, and is what the plan counts; one more takes as much again for itself while it is open.
+    """
 
     def __init__(self, runtime: Runtime, settings: Settings) -> None:
         self.runtime, self.settings = runtime, settings
         calibration = runtime.manifest.calibration
         self._calibration = Calibration.from_dict(calibration) if calibration is not None else None
         self._cost: Cost | None = None
+        self._free: list[Lane] = []
+        self._engine: Engine | None = None
+        self._lock = threading.Lock()
+        # Whether a chunk's first pass starts before the one before it is handed out. A CPU would only be late then.
+        self.ahead = runtime.device.type == "cuda" and settings.sessions == 1
         if settings.causal and not settings.policy.needs_cost:
             self.decider(settings.chunks)  # refuses now what could only fail at the first call
 
@@ -56,19 +69,23 @@ class Generate:
         )
 
     def warm_up(self, on_event: OnEvent | None, started: float) -> None:
-        """Run every kind of pass once, and time them where the policy's target is a speed."""
-        settings = self.settings
+        """Make all buffers, run every kind of pass once, and time them where the policy's target is a speed."""
+        settings, chunks = self.settings, list[ChunkStats]()
+        if settings.causal:
+            self._free = self._lanes(settings.sessions)
+            self._engine = self._free[0].engine
         rounds = 3 if settings.policy.needs_cost else 1
-        probe = Generate(self.runtime, _shortest(settings, self.runtime.manifest))
-        chunks: list[ChunkStats] = []
+        probe = self if settings.causal else Generate(self.runtime, _shortest(settings, self.runtime.manifest))
         text_seconds = 0.0
         for number in range(rounds):
+            once = Fixed().begin(settings.passes, None) if settings.causal else None
             session = Session(
                 probe, "", 0, chunks=None if settings.causal else 1, prompt_rows=self.runtime.text_encoder.encode([""]),
-                image=_grey(settings) if self.runtime.manifest.image_conditioning == "concat" else None,
+                image=_grey(settings) if self.runtime.manifest.image_conditioning == "concat" else None, decider=once,
             )  # fmt: skip
-            for _ in range(1 if rounds == 1 else min(settings.chunks, 8)):
-                chunks.append(session.next_chunk().stats)
+            with closing(session):
+                for _ in range(1 if rounds == 1 else min(settings.chunks, 8)):
+                    chunks.append(session.next_chunk().stats)
             text_seconds = session.text_ms / 1000
             if on_event is not None:
                 on_event(Event("warmup", chunk=number, chunks=rounds, seconds=time.perf_counter() - started))
@@ -80,6 +97,35 @@ class Generate:
                 sum(c.decode_ms for c in timed) / mean, settings.frames / settings.chunks, text_seconds,
             )  # fmt: skip
             self.decider(settings.chunks)
+
+    def _lanes(self, count: int) -> list[Lane]:
+        """Of a new engine: everything that ``count`` clips side by side run on, each kind of pass recorded."""
+        runtime, s = self.runtime, self.settings
+        sizes = Sizes(s.grid, s.chunk_frames, s.window, s.sink, s.places, s.sigmas, count)
+        try:
+            engine = Engine(runtime.model, runtime.head, sizes, runtime.device)
+            lanes = engine.lanes()
+            engine.warm_up(lanes, s.chunks, judged=not isinstance(s.policy, Fixed))
+        except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for either kind of memory
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            raise MemoryLimitError(
+                f"memory ran out in compile, though the plan fits what was free:\n{s.plan.table()}\n{error}"
+            ) from error
+        return lanes
+
+    def lend(self) -> Lane:
+        """A lane for one clip; give it back with :meth:`take_back`."""
+        with self._lock:
+            if self._free:
+                return self._free.pop(0)
+        return self._lanes(1)[0]
+
+    def take_back(self, lane: Lane) -> None:
+        """The clip is over. What was made for more clips than compile was told of is let go."""
+        if lane.engine is self._engine:
+            with self._lock:
+                self._free.append(lane)
 
     def __call__(
         self,
@@ -93,8 +139,9 @@ class Generate:
     ) -> Video | list[Video]:
         """One clip, or one for each prompt of a list (seeds seed, seed + 1, … unless a list is given).
 
-        Clips of a list are made one after the other, each exactly as if it had been asked for alone. Setting the
-        ``threading.Event`` ``cancel`` ends the call within one pass with :class:`~dsa_rt.errors.Cancelled`.
+        Clips of a list are made one after the other, or as many at a time as ``sessions`` was compiled for; each is
+        what it would be alone (on CUDA within the rounding of matmuls over more rows). Setting the ``threading.Event``
+        ``cancel`` ends the call within one pass with :class:`~dsa_rt.errors.Cancelled`.
 
         image: the first frame, for image-to-video bundles, see :func:`dsa_rt.images.read_image`; of a list of prompts
         one for all or a list with one for each. negative_prompt: what guidance leads away from.
@@ -117,11 +164,64 @@ class Generate:
         for text in prompt:  # one that is refused is refused before the first clip
             self.runtime.text_encoder.encode([checked_text(text)])
         pictures = [self._picture(picture) for picture in images]
-        return [
-            self._clip(Session(self, text, number, chunks=self.settings.chunks, on_event=on_event, cancel=cancel,
-                               image=picture, negative_prompt=negative_prompt))
+        clips = iter(
+            Session(self, text, number, chunks=self.settings.chunks, on_event=on_event, cancel=cancel, image=picture,
+                    negative_prompt=negative_prompt)
             for text, number, picture in zip(prompt, seeds, pictures, strict=True)
-        ]  # fmt: skip
+        )  # fmt: skip
+        if self.settings.sessions == 1:
+            return [self._clip(session) for session in clips]
+        return self._clips(clips)
+
+    def _clips(self, waiting: Iterator[Session]) -> list[Video]:
+        """All of them in order, as many at a time as there are lanes."""
+        running = list(itertools.islice(waiting, self.settings.sessions))
+        made: dict[Session, list[Chunk]] = {session: [] for session in running}
+        try:
+            while running:
+                for session, chunk in self._advance(running):
+                    made[session].append(chunk)
+                    if len(made[session]) == session.chunks:
+                        running.remove(session)
+                        for following in itertools.islice(waiting, 1):
+                            running.append(following)
+                            made[following] = []
+        finally:
+            for session in running:
+                session.close()
+        return [self._video(session, chunks) for session, chunks in made.items()]
+
+    def serve(self, sessions: Sequence[Session]) -> Iterator[tuple[Session, Chunk]]:
+        """Chunks of several clips as they get done, all running in the same passes.
+
+        sessions: of this function, at any chunk, no more than it was compiled for (``sessions``). Ends with the last
+        clip; a session that is closed on the way, or whose own error comes out here, is left out when this is called
+        again with the others. Each clip is what it would be alone, see :meth:`__call__`.
+        """
+        running = list(sessions)
+        for session in running:
+            if session.generate is not self or session.rollout.lane.engine is not self._engine:
+                raise OptionError(
+                    f"serve runs up to {self.settings.sessions} sessions of the function that it is called on; compile "
+                    f"with sessions={len(running)} and start them all from that"
+                )
+            session.check_open()
+        while running := [s for s in running if s.is_open]:
+            yield from self._advance(running)
+
+    def _advance(self, sessions: Sequence[Session]) -> list[tuple[Session, Chunk]]:
+        """One pass for all; the chunks that it finished."""
+        for session in sessions:
+            with session.whole_or_closed():
+                session.check_cancelled()
+        finished = advance([session.rollout for session in sessions])
+        chunks = []
+        for session, done in zip(sessions, finished, strict=True):
+            with session.whole_or_closed():
+                session.tell()
+                if done is not None:
+                    chunks.append((session, session.finish(done)))
+        return chunks
 
     def stream(
         self,
@@ -159,7 +259,9 @@ class Generate:
         )  # fmt: skip
 
     def _clip(self, session: Session) -> Video:
-        chunks = list(session)
+        return self._video(session, list(session))
+
+    def _video(self, session: Session, chunks: Sequence[Chunk]) -> Video:
         frames = torch.cat([c.frames for c in chunks])
         latents = torch.cat([c.latents for c in chunks], 1)
         return Video(frames, latents, self.runtime.manifest.fps, session.stats(frames))
@@ -187,8 +289,7 @@ class Generate:
 def _shortest(settings: Settings, manifest: Manifest) -> Settings:
     """The least that runs every kind of pass once."""
     plan, sigmas = settings.token_plan, settings.sigmas
-    if plan is None:
-        return replace(settings, policy=Fixed())
+    assert plan is not None  # of many steps
     if not isinstance(settings.policy, HSA):
         sigmas = (1.0, 0.0) if manifest.boundary is None else (1.0, manifest.boundary / 2, 0.0)
         return replace(settings, sigmas=sigmas, token_plan=StepPlan.dense(len(sigmas) - 1, plan.tokens))

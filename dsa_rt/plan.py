@@ -74,6 +74,9 @@ class ActiveSet:
     tokens [A] int64: index in the whole sequence (noise is keyed by it); cos, sin [A, D / 2] fp32: RoPE at the
     tokens' own positions; modulation_rows [A] int64: row of the timestep table; slots [A] int64: the tokens' rows
     in the K/V cache (None without a cache); valid: rows [0, valid) of the cache are attended.
+
+    segments, text_segments [S, 5] int64 on the CPU: which of the tokens attend to which rows of K/V and of text, where
+    not all attend to all of them; see :func:`dsa_rt.ops.attention.active_attention`.
     """
 
     tokens: Tensor
@@ -83,6 +86,8 @@ class ActiveSet:
     slots: Tensor | None = None
     valid: int = 0
     parts: tuple[range, ...] = ()
+    segments: Tensor | None = None
+    text_segments: Tensor | None = None
 
     def take(self, index: Tensor, parts: Sequence[range], valid: int) -> ActiveSet:
         """The tokens at ``index`` [A] of this set; they take the cache rows of ``parts``, A in all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,10 @@ from dsa_rt.plan import TokenGrid
 from dsa_rt.policy import StepPlan
 from dsa_rt.sync import STORAGES, sync_bytes, sync_host_bytes
 
+_PACKED = re.compile(
+    r"(blocks\.\d+\.(k|self_attn\.[qkvo]|cross_attn\.(q|k|v|o|k_img|v_img)|ffn\.[02])|patch_embedding|head\.head)"
+    r"\.(weight|bias)"
+)
 _CODECS: Mapping[str, type[ConvCodecConfig] | type[TinyConfig] | type[WanVaeConfig]] = {
     "conv": ConvCodecConfig, "taehv": TinyConfig, "wan-vae": WanVaeConfig,
 }  # fmt: skip
@@ -46,13 +51,21 @@ class Subject:
             for part, entries in bundle.tensors.items()
             for entry in entries.values()
         )
+        if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):  # packed once more, biases in fp32
+            weights += sum(
+                entry.numel * (4 if name.endswith("bias") else dtype.itemsize)
+                for part in ("generator", "generator_2", "confidence_head")
+                for name, entry in bundle.tensors.get(part, {}).items()
+                if _PACKED.fullmatch(name)
+            )
         return cls(bundle.manifest, model, weights, dtype, device)
 
 
 @dataclass(frozen=True)
 class Run:
     """What is asked of a bundle. height, width [pixels], frames; chunk, window [latent frames]; plans: of a many-step
-    run, of those that one compiled function may be asked for; none where passes are decided by the chunk."""
+    run, of those that one compiled function may be asked for; none where passes are decided by the chunk. Then places:
+    latent frames that the K/V of a clip has room for; sessions: clips side by side; levels: scheduled passes."""
 
     height: int
     width: int
@@ -62,6 +75,9 @@ class Run:
     window: int
     guided: bool
     plans: Sequence[StepPlan] = ()
+    places: int = 0
+    sessions: int = 1
+    levels: int = 1
 
     @property
     def branches(self) -> int:
@@ -91,6 +107,7 @@ def plan_memory(subject: Subject, run: Run, storage: str) -> MemoryPlan:
     model, manifest = subject.model, subject.manifest
     sizes = (run.branches, model.layers, model.heads, model.head_dim, subject.dtype, storage, subject.device)
     text, activations, velocities = _prompt_bytes(subject, run), _activation_bytes(subject, run), _row_bytes(model, run)
+    text *= run.sessions
     decode, carried = _decode_bytes(subject, run)
     cells = (1 + run.frames // manifest.latent.temporal) * run.height * run.width // manifest.latent.spatial**2
     latents = 4 * manifest.latent.channels * cells
@@ -102,28 +119,42 @@ def plan_memory(subject: Subject, run: Run, storage: str) -> MemoryPlan:
         kept = text // (run.branches * _experts(manifest)) + 4 * run.plans[0].tokens * model.patch_dim + latents
         live = max(kv + velocities + activations, kept + decode)
     else:  # chunk by chunk, which then are joined
-        kv = text + cache_bytes(model.layers, 1, run.window, run.grid.tokens, model.dim, subject.dtype)
-        live = output + max(kv + max(carried + activations, decode), text + carried + output)
+        kv = text + cache_bytes(model.layers, run.sessions, run.places, run.grid.tokens, model.dim, subject.dtype)
+        live = kv + activations + output * run.sessions + max(decode + carried * (run.sessions - 1), output)
     return MemoryPlan(subject.weights, kv, activations, decode, output, velocities, host, storage, live=live)
 
 
 def _activation_bytes(subject: Subject, run: Run) -> int:
-    """The larger of two moments in a block, for each row of a full pass. Around self-attention: residual, normed row,
-    q, k, v, and four fp32 rows while PyTorch norms and turns q and k (a kernel needs none of these). In the
-    feed-forward network: residual, normed row, output of cross-attention, and the wide row before and after its GELU.
-
-    Beside them tables of modulation, the rows that a confidence head reads (of this pass and of the one before) and, of
-    an autoregressive run, noise and clean rows. PyTorch's own attention may add scores of up to 67 MB on a CPU.
+    """Of a many-step run the larger of two moments in a block, for each row of a full pass. Around self-attention:
+    residual, normed row, q, k, v, and four fp32 rows while PyTorch norms and turns q and k (a kernel needs none of
+    these). In the feed-forward network: residual, normed row, output of cross-attention, and the wide row before and
+    after its GELU. Beside them tables of modulation. PyTorch's own attention may add scores of up to 67 MB on a CPU.
     """
+    if not run.plans:
+        return _engine_bytes(subject, run)
     model, size = subject.model, subject.dtype.itemsize
     row = max(model.dim * (5 * size + 16), (3 * model.dim + 2 * model.ffn_dim) * size)
+    return run.chunk * run.grid.tokens * row + 2 * _TABLES * model.dim
+
+
+def _engine_bytes(subject: Subject, run: Run) -> int:
+    """What :class:`dsa_rt.engine.Engine` holds beside K/V, all of it from compile on. For each row of the largest pass
+    (two chunks of each clip): residual, normed row, query, output of attention, the wide row, hidden states for the
+    head; latents, positions and rotations. On CUDA one more wide row, which the framework's matmul makes. Then clean
+    latents and tables of modulation.
+    """
+    model, size = subject.model, subject.dtype.itemsize
     head = subject.manifest.confidence_head
-    row += 2 * model.dim * size * (0 if head is None else len(head["taps"]))
+    taps = 0 if head is None else len(head["taps"])
+    wide = max(3 * model.dim, model.ffn_dim)
+    wide *= 2 if subject.device.type == "cuda" else 1
+    row = size * ((4 + taps) * model.dim + wide + model.velocity_dim) + 4 * (model.patch_dim + model.head_dim) + 24
+    if run.sessions > 1:
+        row += 4 * (model.patch_dim + model.head_dim) + 16
     tokens = run.chunk * run.grid.tokens
-    if run.plans:
-        return tokens * row + 2 * _TABLES * model.dim
-    kept = run.window * run.grid.tokens
-    return tokens * row + run.chunk * _TABLES * model.dim + 4 * (4 * tokens + kept) * model.patch_dim
+    clean = 4 * run.sessions * run.places * run.grid.tokens * model.patch_dim
+    tables = 4 * model.dim * (model.layers * (6 * (run.levels + 1) + 2) + 8 * (run.levels + 1))
+    return 2 * run.sessions * tokens * row + clean + tables + 8 * tokens * model.patch_dim
 
 
 _TABLES = 4 * (3 * 6 + 2)  # bytes of modulation for each channel and row of timesteps: step, layer, their sum, norms

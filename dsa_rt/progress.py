@@ -19,8 +19,8 @@ class Event:
     """One thing that just finished.
 
     kind: "warmup" (one shape warmed up in compile), "text" (prompt encoded), "pass" (one denoise pass of a
-        chunk), "context" (the chunk's context pass), "decode" (its frames are pixels), "chunk" (all of it is
-        done).
+        chunk), "context" (the chunk's context pass, which runs with the first pass of the next one), "decode"
+        (its frames are pixels), "chunk" (all of it is done).
     chunk: index of the chunk (or warm-up), from 0.  chunks: how many there will be, None when that is open.
     passes: denoise passes the chunk has had so far.  passes_scheduled: the most it can have (0 = not said).
     confidence: the head's confidence after this pass in [0, 1], None where the head was not asked.

@@ -69,6 +69,8 @@ def load(
     for component, module in parts.items():
         module.load_state_dict(opened.load(component, place, dtypes[component]), assign=True)
         module.to(place).requires_grad_(False).eval()
+        if isinstance(module, WanModel | ConfidenceHead):
+            module.prepare()
     found: dict[str, Any] = dict(parts)
     codec: Any = found.get("codec")
     if isinstance(codec, ConvCodec):
@@ -230,6 +232,7 @@ class Runtime:
         guidance_scale_2: float | None = None,
         memory_limit: int | str | None = None,
         kv_storage: str = "auto",
+        sessions: int = 1,
         on_event: Callable[[Event], None] | None = None,
     ) -> Generate:
         """Check everything, plan memory, warm up; the result is called with prompts.
@@ -244,15 +247,18 @@ class Runtime:
         (half of bf16; close to it, not bit for bit), "host" (in host memory, fetched one layer ahead; the same bits) or
         "auto": the first of these that fits the limit and what is free now; ``plan`` says which and why.
 
+        sessions: clips that can be made side by side in shared passes (autoregressive bundles), each with its own K/V:
+        by a list of prompts, or :meth:`Generate.serve`.
+
         Raises ShapeError, PolicyError, OptionError, MemoryLimitError, before anything is allocated.
         """
         from dsa_rt.settings import settle
 
         settings = settle(
             self, height, width, frames, policy, window, sink, steps, guidance_scale, memory_limit,
-            kv_storage, guidance_scale_2,
+            kv_storage, guidance_scale_2, sessions,
         )  # fmt: skip
-        generate = Generate(self, settings)
         started = time.perf_counter()
+        generate = Generate(self, settings)
         generate.warm_up(on_event, started)
         return generate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,15 +15,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dsa_rt.cache import KVCache, TextKV
+from dsa_rt.cache import TextKV
+from dsa_rt.clock import Clock
+from dsa_rt.engine import CONTEXT, Piece
 from dsa_rt.errors import Cancelled, OptionError, PromptError
 from dsa_rt.ops import backend
 from dsa_rt.policy import StepPlan
+from dsa_rt.policy.base import Decider
 from dsa_rt.progress import Event, EventKind
 from dsa_rt.sampler.conditions import Conditions, image_conditions
 from dsa_rt.sampler.ode import Expert, solve
-from dsa_rt.sampler.passes import ChunkPasses
-from dsa_rt.sampler.rollout import DenoisedChunk, Rollout
+from dsa_rt.sampler.rollout import DenoisedChunk, Launched, Rollout, launch, take
 from dsa_rt.stats import ChunkStats, Stats, frames_sha256, peak_memory
 
 if TYPE_CHECKING:
@@ -68,6 +71,7 @@ class Session:
         prompt_rows: Tensor | None = None,
         image: Tensor | None = None,
         negative_prompt: str = "",
+        decider: Decider | None = None,
     ) -> None:
         if type(seed) is not int or not -(2**63) <= seed < 2**63:
             raise OptionError(f"seed is {seed!r}; expected a whole number that fits 64 bits")
@@ -80,14 +84,17 @@ class Session:
         self._made = 0
         self._finished: deque[ChunkStats] = deque(maxlen=1000 if chunks is None else chunks)
         self._closed = False
+        self._lease: weakref.finalize[..., Session] | None = None
+        self._ahead: Launched | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._text_rows = self._encode(prompt) if prompt_rows is None else prompt_rows
         self._other_rows = self._encode_other(negative_prompt)
         self._image_rows, self._conditions = self._encode_image()
-        self._text = _embed(self._runtime.model, self._text_rows, self._image_rows)
+        self._rollout = self._start_rollout(decider) if self.settings.causal else None
+        self._text = None if self._rollout else _embed(self._runtime.model, self._text_rows, self._image_rows)
         self.text_ms = self._elapsed_ms()
         self._decoder = self._runtime.codec.stream_decoder()
-        self._recent: deque[tuple[range, Tensor]] = deque()
-        self._rollout = self._start_rollout(self._text) if self.settings.causal else None
+        self._recent: deque[range] = deque()
         self._emit("text")
 
     def __iter__(self) -> Iterator[Chunk]:
@@ -99,24 +106,34 @@ class Session:
 
     def next_chunk(self) -> Chunk:
         """Denoise and decode the next chunk; raises OptionError past the end, Cancelled when cancelled."""
+        self.check_open()
+        with self.whole_or_closed():
+            done = None
+            while done is None:
+                self.check_cancelled()
+                if self._rollout is None:
+                    done = self._solve()
+                else:
+                    launched, self._ahead = self._ahead or launch([self._rollout]), None
+                    (done,) = take(launched)
+                    self.tell()
+            return self.finish(done)
+
+    def check_open(self) -> None:
+        """:class:`OptionError` where there is no next chunk."""
         if self._closed:
             raise OptionError("this session is closed; start another one")
         if self.chunks is not None and self._made >= self.chunks:
             raise OptionError(
                 f"the clip has {self.chunks} chunks and all are made; ask for an endless session to go on"
             )
-        with self._whole_or_closed():
-            return self._make_chunk(self._made)
 
-    def _make_chunk(self, index: int) -> Chunk:
-        self._check()
+    def finish(self, done: DenoisedChunk) -> Chunk:
+        """Decode a chunk that was denoised."""
+        index = self._made
         if self._rollout is not None:
-            done = self._rollout.next_chunk(self._on_pass, self._check)
-            self._remember(done)
-            self._emit("context", passes=done.passes)
-        else:
-            done = self._solve()
-        self._check()
+            self._remember(done.frames)
+        self.check_cancelled()
         chunk = self._decode(done)
         self._finished.append(chunk.stats)
         self._made += 1
@@ -124,17 +141,39 @@ class Session:
             self._first_frame_ms = self._elapsed_ms()
         self._emit("decode", index, passes=done.passes)
         self._emit("chunk", index, passes=done.passes)
+        if self.chunks == self._made:
+            self._give_back()
         return chunk
+
+    def tell(self) -> None:
+        """Report what the last pass did."""
+        if self._rollout is not None:
+            self._rollout.tell(self._on_pass, self._on_context)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a next chunk."""
+        return not self._closed and (self.chunks is None or self._made < self.chunks)
+
+    @property
+    def rollout(self) -> Rollout:
+        """Of an autoregressive bundle, while the session is open."""
+        if self._rollout is None:
+            raise OptionError(
+                "this session has no passes to share: it is over, or its bundle makes clips whole"
+            )
+        return self._rollout
 
     def _solve(self) -> DenoisedChunk:
         runtime, settings = self._runtime, self.settings
+        assert self._text is not None
         expert, low = self._expert(runtime.model, self._text, settings.guidance), None
         if runtime.model_2 is not None and settings.guidance_2 is not None:
             text = _embed(runtime.model_2, self._text_rows, self._image_rows)
             low = self._expert(runtime.model_2, text, settings.guidance_2)
         return solve(
             runtime.model, settings.grid, range(settings.latent_frames), expert.text, expert.empty, settings.sigmas,
-            settings.guidance, self.seed, self._on_pass, self._check, plan=self._token_plan, low=low,
+            settings.guidance, self.seed, self._on_pass, self.check_cancelled, plan=self._token_plan, low=low,
             boundary=runtime.manifest.boundary or 0.0, conditions=self._conditions, storage=settings.plan.storage,
         )  # fmt: skip
 
@@ -150,33 +189,45 @@ class Session:
     def set_prompt(self, prompt: str, recache: bool = False) -> None:
         """Another prompt from the next chunk on. recache: also rewrite the K/V of the frames in the window under the
         new prompt, so that the old scene pulls less; costs a context pass for each of their chunks."""
-        if self._closed:
-            raise OptionError("this session is closed; start another one")
+        self.check_open()
         if self._rollout is None:
             raise OptionError("a prompt cannot change inside a clip that is made whole; use an autoregressive bundle")
-        self._rollout.passes.text = _embed(self._runtime.model, self._encode(prompt))
-        self.prompt = prompt
-        if recache and self._recent:
-            with self._whole_or_closed():
-                self._recache(self._rollout.passes)
+        rows = self._encode(prompt)
+        rollout, engine = self._rollout, self._rollout.lane.engine
+        with self.whole_or_closed(), engine.working():
+            if self._ahead is not None:
+                self._ahead = None
+                rollout.drop()
+            if not recache:
+                rollout.write_context()  # under the prompt that its chunk was made with
+            engine.read_prompt(rollout.lane, rows)
+            self.prompt = prompt
+            if recache:
+                rollout.forget_context()
+                if self._recent:
+                    self._recache(rollout)
+        self.tell()
 
-    def _recache(self, passes: ChunkPasses) -> None:
+    def _recache(self, rollout: Rollout) -> None:
         """Context passes over the frames of the window, oldest first, each seeing those before it. The window may have
         cut a chunk: what has left it stays out."""
-        sink = self.settings.sink
-        first = max(sink, self._recent[-1][0].stop - (self.settings.window - sink))
-        passes.cache.restart(first)
-        for frames, x0 in self._recent:
+        sink, lane, side = self.settings.sink, rollout.lane, rollout.side
+        first = max(sink, self._recent[-1].stop - (self.settings.window - sink))
+        parts: list[range] = []
+        for frames in self._recent:
             cut = [range(frames.start, min(sink, frames.stop)), range(max(first, frames.start), frames.stop)]
-            for part in [frames] if first == sink else cut:
-                if part:
-                    self._check()
-                    rows = slice((part.start - frames.start) * self.settings.grid.tokens,
-                                 (part.stop - frames.start) * self.settings.grid.tokens)  # fmt: skip
-                    passes.write_context(x0[:, rows], passes.active(part))
+            parts += [part for part in ([frames] if first == sink else cut) if part]
+        clean = [lane.clean(part) for part in parts]
+        lane.ring.restart(first)
+        for part, rows in zip(parts, clean, strict=True):
+            self.check_cancelled()
+            lane.place(side, part)
+            lane.rows(side).copy_(rows)
+            lane.engine.run([Piece(lane, side, CONTEXT)])
+            lane.remember(side)
 
     @contextmanager
-    def _whole_or_closed(self) -> Iterator[None]:
+    def whole_or_closed(self) -> Iterator[None]:
         """Closes the session on any exception: half a chunk may be in its caches, and what would follow is not the
         clip that was asked for."""
         try:
@@ -188,8 +239,13 @@ class Session:
     def close(self) -> None:
         """Give the caches back. Iterating to the end does it too."""
         self._closed = True
-        self._rollout = None
+        self._give_back()
+
+    def _give_back(self) -> None:
+        self._rollout = self._ahead = None
         self._recent.clear()
+        if self._lease is not None:
+            self._lease()
 
     def stats(self, frames: Tensor | None = None) -> Stats:
         """What has been spent so far (an endless session: in its last 1,000 chunks); with frames their SHA-256."""
@@ -245,42 +301,65 @@ class Session:
         kind = runtime.manifest.image_conditioning
         return rows, image_conditions(kind, runtime.codec, self._image, settings.frames, settings.grid, runtime.device)
 
-    def _start_rollout(self, text: TextKV) -> Rollout:
-        model, settings = self._runtime.model, self.settings
-        cache = KVCache(
-            layers=model.config.layers, batch=1, window=settings.window, sink=settings.sink,
-            tokens_per_frame=settings.grid.tokens, heads=model.config.heads, head_dim=model.config.head_dim,
-            dtype=self._runtime.dtype, device=self._runtime.device,
-        )  # fmt: skip
-        passes = ChunkPasses(model, settings.grid, text, cache)
-        decider = self.generate.decider(self.chunks)
-        return Rollout(passes, self._runtime.head, settings.sigmas, decider, self.seed, settings.chunk_frames)
+    def _start_rollout(self, decider: Decider | None) -> Rollout:
+        decider = decider or self.generate.decider(self.chunks)
+        lane = self.generate.lend()
+        self._lease = weakref.finalize(self, self.generate.take_back, lane)
+        self._lease.atexit = False
+        with lane.engine.working():
+            lane.engine.read_prompt(lane, self._text_rows)
+            return Rollout(lane, decider, self.seed)
 
-    def _remember(self, done: DenoisedChunk) -> None:
-        """Keep the clean rows of chunks that still have frames in the window, for :meth:`set_prompt`."""
-        self._recent.append((done.frames, done.x0))
-        oldest = done.frames.stop - (self.settings.window - self.settings.sink)
-        kept = [item for item in self._recent if item[0].stop > oldest or item[0].start < self.settings.sink]
-        self._recent = deque(kept)
+    def _remember(self, frames: range) -> None:
+        """Which chunks still have frames in the window, for :meth:`set_prompt`."""
+        self._recent.append(frames)
+        oldest = frames.stop - (self.settings.window - self.settings.sink)
+        self._recent = deque(f for f in self._recent if f.stop > oldest or f.start < self.settings.sink)
 
     def _decode(self, done: DenoisedChunk) -> Chunk:
-        start = time.perf_counter()
-        latents = self.settings.grid.unpatchify(done.x0)
-        pixels = self._decoder.decode(latents)
-        frames = pixels[0].float().add_(1).mul_(127.5).round_().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+        """Frames of a chunk. On CUDA the next chunk's first pass is launched meanwhile, where nobody else runs in the
+        engine, so that neither the host nor the device waits for the other."""
+        clock = Clock(self._runtime.device)
+        with self._decoding():
+            start = clock.mark()
+            latents = self.settings.grid.unpatchify(done.x0)
+            pixels = self._decoder.decode(latents)
+            frames = pixels[0].float().add_(1).mul_(127.5).round_().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+            end = clock.mark()
+        more = self.chunks is None or done.index + 1 < self.chunks
+        if self._rollout is not None and more and self.generate.ahead:
+            self._ahead = launch([self._rollout])
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        denoise_ms, context_ms = done.milliseconds()
         tokens, plan = done.x0.shape[1], self._token_plan
         computed = (tokens,) * done.passes if plan is None else tuple(count for count in plan.counts if count)
         stats = ChunkStats(
             index=done.index, passes=done.passes, passes_scheduled=self.settings.passes, frames=len(frames),
             confidences=done.confidences, refined=done.passes > 1, threshold=done.threshold, tokens=tokens,
             active_tokens=computed, calls_per_pass=2 if self.settings.guided else 1,
-            context_passes=1 if self.settings.causal else 0, denoise_ms=done.denoise_ms, context_ms=done.context_ms,
-            decode_ms=1000 * (time.perf_counter() - start),
+            context_passes=done.contexts, denoise_ms=denoise_ms, context_ms=context_ms,
+            decode_ms=clock.between(start, end),
         )  # fmt: skip
         return Chunk(done.index, frames, latents[0], stats)
 
+    @contextmanager
+    def _decoding(self) -> Iterator[None]:
+        """On CUDA a stream beside that of the passes, after those that made the chunk."""
+        engine = None if self._rollout is None else self._rollout.lane.engine
+        if engine is None or engine.stream is None:
+            yield
+            return
+        self._stream = self._stream or torch.cuda.Stream(engine.device)
+        self._stream.wait_stream(engine.stream)
+        with torch.cuda.stream(self._stream):
+            yield
+
     def _on_pass(self, passes: int, confidence: float | None) -> None:
         self._emit("pass", passes=passes, confidence=confidence)
+
+    def _on_context(self, index: int) -> None:
+        self._emit("context", index)
 
     def _emit(
         self, kind: EventKind, index: int | None = None, passes: int = 0, confidence: float | None = None
@@ -291,7 +370,7 @@ class Session:
                 Event(kind, chunk, self.chunks, passes, confidence, self._elapsed_ms() / 1000, self.settings.passes)
             )
 
-    def _check(self) -> None:
+    def check_cancelled(self) -> None:
         if self._cancel is not None and self._cancel.is_set():
             raise Cancelled(f"cancelled in chunk {self._made}, before it was done")
 

@@ -12,6 +12,7 @@ from dsa_rt.bundle import Bundle, Manifest, Part
 from dsa_rt.errors import OptionError, PolicyError, ShapeError
 from dsa_rt.memory import MemoryPlan, choose, parse_bytes
 from dsa_rt.models.wan import WanConfig
+from dsa_rt.ops.layers import packed_bytes
 from dsa_rt.plan import TokenGrid
 from dsa_rt.planner import Run, Subject, plan_memory, storages
 from dsa_rt.policy import HSA, Fixed, Policy, StepPlan, parse_policy
@@ -28,7 +29,7 @@ class Settings:
     each pass (few-step) or the Euler grid with its final 0 (many-step); guidance: 1 = none; token_plan: what each step
     of a many-step run computes, None where passes are decided by the chunk; image_plan: the same for a run whose first
     frame is given in place of noise, None where there is no such run; guidance_2: of the second expert, None where
-    there is one generator."""
+    there is one generator; places: latent frames that the K/V of a clip has room for; sessions: clips side by side."""
 
     height: int
     width: int
@@ -46,6 +47,8 @@ class Settings:
     token_plan: StepPlan | None = None
     image_plan: StepPlan | None = None
     guidance_2: float | None = None
+    places: int = 0
+    sessions: int = 1
 
     @property
     def guided(self) -> bool:
@@ -75,11 +78,17 @@ def settle(
     memory_limit: int | str | None,
     kv_storage: str = "auto",
     guidance_scale_2: float | None = None,
+    sessions: int = 1,
 ) -> Settings:
     """Defaults filled in, everything checked, memory planned; see ``Runtime.compile`` for arguments and errors."""
     manifest, model = runtime.manifest, runtime.model.config
     causal = model.form == "causal"
-    limit = parse_bytes(memory_limit)
+    limit, sessions = parse_bytes(memory_limit), _whole("sessions", sessions)
+    if sessions > 1 and not causal:
+        raise OptionError(
+            f"sessions={sessions} is for autoregressive bundles, whose clips can share passes; this generator makes "
+            "one clip at a time: leave it out"
+        )
     height = _size("height", height, manifest.size.height, manifest.latent.spatial * model.patch[1])
     width = _size("width", width, manifest.size.width, manifest.latent.spatial * model.patch[2])
     frames = _whole("frames", manifest.size.frames if frames is None else frames)
@@ -119,15 +128,20 @@ def settle(
                 "has one generator; leave it out"
             )
         chunk, window, sink = latent_frames, latent_frames, 0
-    weights = sum(t.nbytes for module in runtime.modules for t in module.state_dict().values())
+    # Beyond the window, room for a chunk more: it lets context pass and first pass run as one.
+    places = window + chunk if causal and latent_frames > window else window
+    weights = sum(
+        packed_bytes(module) + sum(t.nbytes for t in module.state_dict().values()) for module in runtime.modules
+    )
     codec = Part(runtime.codec.kind, runtime.codec.to_dict())  # another than the bundle's where load was given one
     subject = Subject(replace(manifest, codec=codec), model, weights, runtime.dtype, runtime.device)
     plans = [plan for plan in (token_plan, image_plan) if plan is not None]
-    run = Run(height, width, frames, grid, chunk, window, guidance != 1 or guidance_2 not in (None, 1), plans)
+    run = Run(height, width, frames, grid, chunk, window, guidance != 1 or guidance_2 not in (None, 1), plans,
+              places, sessions, len(sigmas))  # fmt: skip
     memory = [plan_memory(subject, run, storage) for storage in storages(kv_storage, run, chosen.name)]
     return Settings(
         height, width, frames, latent_frames, grid, chosen, causal, chunk, window, sink, tuple(sigmas), guidance,
-        choose(memory, limit, runtime.device), token_plan, image_plan, guidance_2,
+        choose(memory, limit, runtime.device), token_plan, image_plan, guidance_2, places, sessions,
     )  # fmt: skip
 
 

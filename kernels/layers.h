@@ -28,6 +28,15 @@ struct NormModulateParams {
   float eps;
 };
 
+// out = x / √(mean(x²) + eps)·weight; out may be x.
+struct RmsNormParams {
+  Rows out, x;         // [B, A, C] of one element type
+  const void* weight;  // [C] of weight_element
+  Element weight_element;
+  int64_t batch, active, width;
+  float eps;
+};
+
 // q and k: RMSNorm over C, RoPE per head; k and v into the rows of a cache.
 struct QkNormRopeStoreParams {
   Rows q, k, v;               // [B, A, C], C = H·D, of one element type

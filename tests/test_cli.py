@@ -124,7 +124,7 @@ def test_generate_writes_what_was_made(dsa_rt: Program, bundle: Path, tmp_path: 
     assert (stats.seed, stats.prompt, stats.policy, stats.frames) == (5, PROMPT, "dsa-paper", 21)
     assert stats.chunks[0].passes == 4 and stats.chunks[0].first_confidence is not None
     assert (
-        f"model calls        {stats.model_calls} of 10" in ran.stdout
+        f"model calls        {stats.model_calls} of 9" in ran.stdout
         and "21 frames of 32x32, 1.31 s at 16 fps" in ran.stdout
     )
     assert files["chart"].read_bytes().startswith(b"\x89PNG")
@@ -143,7 +143,7 @@ def test_json_is_one_object_and_one_seed_gives_one_result(
     hashes = [record["stats"]["frames_sha256"] for record in records]
     assert hashes[0] == hashes[1] != hashes[2]
     assert set(records[0]["excluded_ms"]) == {"load", "compile", "write"}
-    assert records[0]["stats"]["model_calls"] == 6
+    assert records[0]["stats"]["model_calls"] == 5  # none after the last chunk
     ran = dsa_rt(
         "generate",
         PROMPT,
@@ -323,7 +323,7 @@ PLANTS = {
     "importing": "import dsa_rt.commands\ndsa_rt.commands.load_modules = pause",
     "loading": "import dsa_rt.runtime\ndsa_rt.runtime.load = pause",
     "compiling": "from dsa_rt.generate import Generate\nGenerate.warm_up = pause",
-    "denoising": "from dsa_rt.sampler.rollout import Rollout\nRollout.next_chunk = pause",
+    "denoising": "from dsa_rt.engine import Engine\nEngine.run = pause",
     "encoding": "from dsa_rt.media import Mp4Writer\nMp4Writer._mux = pause",
     "charting": "import dsa_rt.chart\ndsa_rt.chart.draw = pause",
     "disguised": (

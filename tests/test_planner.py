@@ -91,9 +91,9 @@ def test_decoding(many_step: Runtime, kind: str, dtype: torch.dtype) -> None:
 
 
 def peak(runtime: Runtime, **options: Any) -> tuple[int, int]:
-    """Bytes beside the weights at the peak of a call, as planned and as counted."""
-    generate = runtime.compile(**options)
+    """Bytes beside the weights at the peak of a compile and a call, as planned and as counted."""
     with LiveBytes(tensor for module in runtime.modules for tensor in module.state_dict().values()) as live:
+        generate = runtime.compile(**options)
         generate(PROMPT, 1)
     assert generate.plan.live is not None
     return generate.plan.live, live.peak

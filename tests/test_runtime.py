@@ -20,6 +20,7 @@ from dsa_rt.cache import KVCache
 from dsa_rt.generate import Generate
 from dsa_rt.media import Video
 from dsa_rt.models.confidence import ConfidenceConfig
+from dsa_rt.ops.layers import packed_bytes
 from dsa_rt.plan import frame_tokens
 from dsa_rt.policy import Decider, Policy
 from dsa_rt.runtime import Runtime, load
@@ -54,23 +55,29 @@ def to_pixels(runtime: Runtime, latents: Tensor) -> Tensor:
 def eager(
     runtime: Runtime, passes: Sequence[int], seed: int, window: int = 9, sink: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The loop of Algorithm 1 for given passes, written out: model, reference ops, one decode at the end."""
+    """The loop of Algorithm 1 for given passes, written out: model, reference ops, one decode at the end. Each pass
+    alone and unrecorded, over a cache of its own; the context pass of the last chunk too."""
     model, seeds = runtime.model, torch.tensor([seed])
     grid = runtime.compile(policy="dense").settings.grid
     text = model.embed_text(runtime.text_encoder.encode([PROMPT]))
     cache = KVCache(
         layers=2, batch=1, window=window, sink=sink, tokens_per_frame=6, heads=2, head_dim=24, dtype=runtime.dtype
     )
+    tables = model.modulation(torch.tensor([[1000 * sigma for sigma in (*SIGMAS, 0.0)]]))
     clean = []
+
+    def run(rows: Tensor, level: int) -> Tensor:
+        levels = torch.full_like(active.modulation_rows, level)
+        return model(rows, dataclasses.replace(active, modulation_rows=levels), tables, text, cache).velocity.float()
+
     for chunk, count in enumerate(passes):
         span = range(3 * chunk, 3 * chunk + 3)
         active = frame_tokens(grid, span, 24, per_frame=True, slots=cache.slots(span), valid=cache.valid(span.stop))
         x = reference.philox_normal(seeds, active.tokens, 16, 0)
         for number in range(1, count + 1):
             sigma, following = SIGMAS[number - 1], SIGMAS[number] if number < count else 0.0
-            velocity = model(x, active, torch.full((1, 3), 1000 * sigma), text, cache).velocity.float()
-            x, x0 = reference.renoise(x, velocity, sigma, following, seeds, active.tokens, number)
-        model(x0, active, torch.zeros(1, 3), text, cache)
+            x, x0 = reference.renoise(x, run(x, number - 1), sigma, following, seeds, active.tokens, number)
+        run(x0, len(SIGMAS))
         clean.append(grid.unpatchify(x0))
     latents = torch.cat(clean, 2)
     return to_pixels(runtime, latents), latents[0]
@@ -92,9 +99,11 @@ def test_compiled_equals_eager(runtime: Runtime, policy: str, passes: tuple[int,
 
 @pytest.mark.parametrize(("window", "sink"), [(6, 0), (5, 1), (3, 0)])
 def test_compiled_window_equals_eager(runtime: Runtime, window: int, sink: int) -> None:
+    """Up to the order of keys in sums: the compiled cache has room for a chunk more, and other places."""
     video = clip(runtime.compile(policy="fixed-2", window=window, sink=sink), seed=3)
     assert video.latents is not None
-    assert torch.equal(video.latents, eager(runtime, (2, 2, 2), 3, window, sink)[1])
+    bound = 1e-5 if runtime.dtype == torch.float32 else 0.05
+    torch.testing.assert_close(video.latents, eager(runtime, (2, 2, 2), 3, window, sink)[1], rtol=bound, atol=bound)
     assert not torch.equal(video.latents, eager(runtime, (2, 2, 2), 3)[1])
 
 
@@ -217,7 +226,7 @@ class ScriptedHead(nn.Module):
         self.config = ConfidenceConfig(48, 2, 8, (0, 1))
         self.confidences, self.calls = list(confidences), 0
 
-    def forward(self, taps: list[Tensor]) -> Tensor:
+    def forward(self, taps: list[Tensor], arena: object = None) -> Tensor:
         assert len(taps) == 2 and all(tap.shape == (1, 18, 48) for tap in taps)
         confidence = torch.tensor([self.confidences[self.calls % len(self.confidences)]], dtype=torch.float64)
         self.calls += 1
@@ -275,11 +284,12 @@ def test_statistics_add_up(runtime: Runtime, policy: str) -> None:
     assert stats.frames == 33 and [c.frames for c in stats.chunks] == [9, 12, 12]
     assert stats.frames_sha256 == hashlib.sha256(video.frames.numpy().tobytes()).hexdigest()
     assert stats.passes == sum(c.passes for c in stats.chunks) and stats.passes_scheduled == 12
-    assert stats.model_calls == stats.passes + 3 and stats.model_calls_scheduled == 15
+    assert stats.model_calls == stats.passes + 2 and stats.model_calls_scheduled == 14  # none after the last chunk
     for chunk in stats.chunks:
         assert chunk.tokens == 18 and chunk.active_tokens == (18,) * chunk.passes
-        assert len(chunk.confidences) == chunk.passes and chunk.context_passes == chunk.calls_per_pass == 1
-        assert min(chunk.denoise_ms, chunk.context_ms, chunk.decode_ms) > 0
+        assert len(chunk.confidences) == chunk.passes and chunk.calls_per_pass == 1
+        assert chunk.context_passes == min(chunk.index, 1) and (chunk.context_ms > 0) == (chunk.index > 0)
+        assert min(chunk.denoise_ms, chunk.decode_ms) > 0
     parts = stats.text_ms + stats.denoise_ms + stats.context_ms + stats.decode_ms
     assert stats.total_ms >= parts > 0
     first = stats.chunks[0]
@@ -351,16 +361,17 @@ def test_the_plan_counts_what_is_there(runtime: Runtime) -> None:
     """Weights and caches are exactly what is allocated; a smaller window takes less."""
     plan = runtime.compile(policy="dense").plan
     modules = (runtime.model, runtime.head, runtime.codec, runtime.text_encoder)
-    assert plan.weights == sum(p.nbytes for m in modules if m for p in (*m.parameters(), *m.buffers()))
+    held = [(packed_bytes(m), *(p.nbytes for p in (*m.parameters(), *m.buffers()))) for m in modules if m]
+    assert plan.weights == sum(map(sum, held)) and held[0][0] > sum(held[0][1:]) / 2  # packed beside the parameters
     session = runtime.compile(policy="dense").session(PROMPT)
-    assert session._rollout is not None
-    passes = session._rollout.passes
-    text = sum(t.nbytes for pair in passes.text.layers for t in pair)
-    assert plan.kv_cache == passes.cache.k.nbytes + passes.cache.v.nbytes + text
+    engine = session.rollout.lane.engine
+    text = sum(t.nbytes for pair in engine.text.layers for t in pair)
+    assert plan.kv_cache == sum(t.nbytes for t in (*engine.cache.k, *engine.cache.v)) + text
     least = plan.weights + plan.kv_cache + plan.output
-    assert least < plan.total < least + plan.activations + plan.decode
+    assert least + plan.activations < plan.total <= least + plan.activations + plan.decode
     smaller = runtime.compile(policy="dense", window=3).plan
-    assert smaller.kv_cache - text == (plan.kv_cache - text) / 3 and smaller.weights == plan.weights
+    # Three frames, and three more for a chunk that runs with the one before it, in place of nine.
+    assert smaller.kv_cache - text == (plan.kv_cache - text) * 2 / 3 and smaller.weights == plan.weights
     assert runtime.compile(policy="dense", frames=21).plan.output < plan.output
     assert 3 < runtime.compile(96, 64, policy="dense").plan.activations / plan.activations < 4
 

@@ -106,7 +106,7 @@ class Setting:
         def linears() -> None:
             for layer in square:
                 layer(x)
-            ops.linear_gelu(wide, x)
+            ops.linear(wide, x, gelu=True)
             narrow(hidden)
 
         def norm() -> object:

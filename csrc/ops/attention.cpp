@@ -71,7 +71,13 @@ class ActiveAttention {
                op_.size("D"),
                nullptr,
                0};
-    if (parts) read_segments(*parts);
+    segments_view_ = parts;
+    read_host();
+  }
+
+  // The segments, checked.
+  void read_host() {
+    if (segments_view_) read_segments(*segments_view_);
   }
 
   void run(const Launch& launch) {
@@ -109,6 +115,7 @@ class ActiveAttention {
 
   void read_segments(const TensorView& view) {
     int64_t queries = 0;
+    segments_.clear();
     for (int64_t i = 0; i < view.shape[0]; ++i) {
       const int64_t* row = view.as<int64_t>() + i * view.stride[0];
       const AttentionSegment s = {row[0], {row[1], row[3]}, {row[2], row[4]}};
@@ -135,6 +142,7 @@ class ActiveAttention {
   }
 
   Signature op_;
+  const TensorView* segments_view_ = nullptr;
   std::vector<AttentionSegment> segments_;
   AttentionParams params_;
 };

@@ -3,10 +3,14 @@
 
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <string>
+#include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "../../kernels/element.h"
+#include "../program.h"
 #include "../tensor.h"
 
 namespace dsa_rt {
@@ -17,26 +21,54 @@ inline Element element_of(const TensorView& view) {
   return view.dtype == Dtype::bfloat16 ? Element::bfloat16 : Element::float32;
 }
 
-// Where and how to run: threads and instruction set for CPU tensors, the stream for CUDA tensors.
-struct Launch {
-  int threads;
-  std::string instruction_set;
-  uintptr_t stream;
-};
-
 [[noreturn]] inline void no_kernel(const Signature& op) {
   op.fail_unserved("it was built without those of the tensors' device");
 }
 
-// Binds `name` (check, then run without the GIL) and check_`name` (check alone) for the constructor's arguments.
+template <class Op, class = void>
+struct reads_host : std::false_type {};
+template <class Op>
+struct reads_host<Op, std::void_t<decltype(std::declval<Op&>().read_host())>> : std::true_type {};
+
+// An op as a program keeps it. Its constructor reads whatever it needs on the host; an op whose tensors hold such values
+// (row numbers, segments) has a public read_host(), which its constructor calls and which is called before each replay.
+template <class Op>
+class CallOf : public Call {
+ public:
+  template <class... Arguments>
+  explicit CallOf(const Arguments&... arguments) : op_(arguments...) {}
+  void read_host() override {
+    if constexpr (reads_host<Op>::value) op_.read_host();
+  }
+  void run(const Launch& launch) override { op_.run(launch); }
+
+ private:
+  Op op_;
+};
+
+template <class Argument>
+void collect(std::vector<py::object>& tensors, const Argument& argument) {
+  if constexpr (std::is_base_of_v<py::object, Argument>)
+    if (!argument.is_none()) tensors.push_back(argument);
+}
+
+// Binds `name` (check, then run without the GIL) and check_`name` (check alone) for the constructor's arguments. While a
+// program records on the thread, a call of `name` is appended to it.
 template <class Op, class... Arguments, class... Names>
 void bind(py::module_& m, const std::string& name, const Names&... names) {
   m.def(
       name.c_str(),
-      [](Arguments... arguments, int threads, std::string instruction_set, uintptr_t stream) {
+      [name](Arguments... arguments, int threads, std::string instruction_set, uintptr_t stream) {
+        const Launch launch{threads, std::move(instruction_set), stream};
+        if (Program* program = Program::recording()) {
+          auto call = std::make_unique<CallOf<Op>>(arguments...);
+          std::vector<py::object> tensors;
+          (collect(tensors, arguments), ...);
+          return program->append(name, tensors, std::move(call), launch);
+        }
         Op op(std::move(arguments)...);
         py::gil_scoped_release release;
-        op.run({threads, std::move(instruction_set), stream});
+        op.run(launch);
       },
       names..., py::arg("threads") = 1, py::arg("instruction_set") = "", py::arg("stream") = 0);
   m.def(("check_" + name).c_str(), [](Arguments... arguments) { Op(std::move(arguments)...); }, names...);

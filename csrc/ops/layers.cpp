@@ -69,6 +69,10 @@ class Norm {
     no_kernel(op_);
   }
 
+  void read_host() {
+    if (rows_ && op_.device().kind == DeviceKind::cpu) op_.check_rows(*rows_, params_.table_length, false);
+  }
+
  protected:
   explicit Norm(const char* op) : op_(op), dtype_("T", float_dtypes) {}
 
@@ -85,11 +89,12 @@ class Norm {
     if (table_rows != 1 && !view)
       op_.fail("rows is None, expected a row for each token, as the tables have R = " + std::to_string(table_rows));
     op_.check_overlap(exempt);
+    params_.table_length = table_rows;
     if (table_rows != 1) {
-      if (op_.device().kind == DeviceKind::cpu) op_.check_rows(*view, table_rows, false);
+      rows_ = view;
+      read_host();
       params_.table_rows = view->as<int64_t>();
     }
-    params_.table_length = table_rows;
     params_.batch = op_.size("B");
     params_.active = op_.size("A");
     params_.width = op_.size("C");
@@ -98,6 +103,7 @@ class Norm {
 
   Signature op_;
   DtypeRule dtype_;
+  const TensorView* rows_ = nullptr;  // where they are read
   NormModulateParams params_{};
 };
 
@@ -129,6 +135,33 @@ class ResidualNormModulate : public Norm {
   }
 };
 
+class RmsNorm {
+ public:
+  RmsNorm(py::handle out, py::handle x, py::handle weight, double eps) : op_("rms_norm") {
+    const DtypeRule dtype("T", float_dtypes);
+    const auto& o = op_.tensor("out", out, {"B", "A", "C"}, dtype, Access::write);
+    const auto& from = op_.tensor("x", x, {"B", "A", "C"}, dtype);
+    const auto& w = op_.tensor("weight", weight, {"C"}, float_dtypes);
+    op_.check_overlap({{"out", "x"}});
+    params_ = {rows_of(o),    rows_of(from), w.data, element_of(w), op_.size("B"), op_.size("A"),
+               op_.size("C"), static_cast<float>(eps)};
+  }
+
+  void run(const Launch& launch) {
+    const auto& p = params_;
+    if (op_.device().kind == DeviceKind::cpu) {
+      const auto kernel = cpu_kernels(launch.instruction_set).rms_norm;
+      return parallel_for(p.batch * p.active, grain_of(row_work, p.width), launch.threads,
+                          [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+    }
+    no_kernel(op_);
+  }
+
+ private:
+  Signature op_;
+  RmsNormParams params_;
+};
+
 class QkNormRopeStore {
  public:
   QkNormRopeStore(py::handle q_out, py::handle k_cache, py::handle v_cache, py::handle q, py::handle k, py::handle v,
@@ -152,12 +185,12 @@ class QkNormRopeStore {
     const auto& s = op_.tensor("sin", sin, {"A", "D/2"}, Dtype::float32);
     op_.check_contiguous(c);
     op_.check_contiguous(s);
-    const TensorView* slot = slots.is_none() ? nullptr : &op_.tensor("slots", slots, {"A"}, Dtype::int64);
-    if (!slot && active > cached)
+    if (!slots.is_none()) slots_ = &op_.tensor("slots", slots, {"A"}, Dtype::int64);
+    if (!slots_ && active > cached)
       op_.fail("k_cache has N = " + std::to_string(cached) + " rows, expected at least A = " + std::to_string(active) +
                " where slots is None");
     op_.check_overlap();
-    if (slot && op_.device().kind == DeviceKind::cpu) op_.check_rows(*slot, cached, true);
+    read_host();
     params_ = {rows_of(qv),
                rows_of(kv),
                rows_of(vv),
@@ -169,7 +202,7 @@ class QkNormRopeStore {
                element_of(qw),
                c.as<float>(),
                s.as<float>(),
-               slot ? slot->as<int64_t>() : nullptr,
+               slots_ ? slots_->as<int64_t>() : nullptr,
                op_.size("B"),
                active,
                heads,
@@ -194,8 +227,13 @@ class QkNormRopeStore {
     no_kernel(op_);
   }
 
+  void read_host() {
+    if (slots_ && op_.device().kind == DeviceKind::cpu) op_.check_rows(*slots_, op_.size("N"), true);
+  }
+
  private:
   Signature op_;
+  const TensorView* slots_ = nullptr;
   QkNormRopeStoreParams params_;
 };
 
@@ -214,12 +252,17 @@ class MoveRows {
     no_kernel(op_);
   }
 
+  void read_host() {
+    if (op_.device().kind == DeviceKind::cpu) op_.check_rows(*rows_, op_.size("N"), scatter_);
+  }
+
  protected:
   MoveRows(const char* op, bool scatter) : op_(op), dtype_("T"), scatter_(scatter) {}
 
   void finish(const TensorView& out, const TensorView& rows, const TensorView& from) {
     op_.check_overlap();
-    if (op_.device().kind == DeviceKind::cpu) op_.check_rows(rows, op_.size("N"), scatter_);
+    rows_ = &rows;
+    read_host();
     const int64_t bytes = out.itemsize;
     params_ = {out.data,
                from.data,
@@ -239,6 +282,7 @@ class MoveRows {
 
  private:
   bool scatter_;
+  const TensorView* rows_ = nullptr;
   MoveRowsParams params_{};
 };
 
@@ -328,6 +372,7 @@ void bind_layers(py::module_& m) {
   bind<ResidualNormModulate, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, double>(
       m, "residual_norm_modulate", arg("sum"), arg("out"), arg("x"), arg("y"), arg("gate"), arg("shift"), arg("scale"),
       arg("rows"), arg("eps"));
+  bind<RmsNorm, Tensor, Tensor, Tensor, double>(m, "rms_norm", arg("out"), arg("x"), arg("weight"), arg("eps"));
   bind<QkNormRopeStore, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, double>(
       m, "qk_norm_rope_store", arg("q_out"), arg("k_cache"), arg("v_cache"), arg("q"), arg("k"), arg("v"),
       arg("q_weight"), arg("k_weight"), arg("cos"), arg("sin"), arg("slots"), arg("eps"));

@@ -125,13 +125,14 @@ class CachedStep {
     const TensorView* score_view =
         score.is_none() ? nullptr : &op_.tensor("score", score, {"B", "A"}, Dtype::float32, Access::write);
     op_.check_overlap();
-    if (op_.device().kind == DeviceKind::cpu) index_rows(row_view.as<int64_t>());
+    rows_ = row_view.as<int64_t>();
+    read_host();
     params_ = {rows_of(x_view),
                rows_of(cache_view),
                rows_of(fresh_view),
                score_view ? score_view->as<float>() : nullptr,
                score_view ? score_view->stride[0] : 0,
-               row_view.as<int64_t>(),
+               rows_,
                fresh_index_.data(),
                op_.size("B"),
                op_.size("N"),
@@ -149,22 +150,24 @@ class CachedStep {
     no_kernel(op_);
   }
 
- private:
-  // The inverse of `rows`, made before anything is written: an index out of range or a duplicate leaves all as it was.
-  void index_rows(const int64_t* rows) {
+  // The inverse of the rows, made before anything is written: one out of range or twice leaves all as it was.
+  void read_host() {
+    if (op_.device().kind != DeviceKind::cpu) return;
     const int64_t total = op_.size("N"), active = op_.size("A");
     if (total > INT32_MAX) op_.fail("x has " + std::to_string(total) + " rows, expected fewer than 2^31");
     fresh_index_.assign(static_cast<size_t>(total), -1);
     for (int64_t i = 0; i < active; ++i) {
-      const auto at = [&] { return "rows[" + std::to_string(i) + "] is " + std::to_string(rows[i]); };
-      if (rows[i] < 0 || rows[i] >= total) op_.fail(at() + ", expected 0 to " + std::to_string(total - 1));
-      int32_t& index = fresh_index_[static_cast<size_t>(rows[i])];
+      const auto at = [&] { return "rows[" + std::to_string(i) + "] is " + std::to_string(rows_[i]); };
+      if (rows_[i] < 0 || rows_[i] >= total) op_.fail(at() + ", expected 0 to " + std::to_string(total - 1));
+      int32_t& index = fresh_index_[static_cast<size_t>(rows_[i])];
       if (index >= 0) op_.fail(at() + " like rows[" + std::to_string(index) + "], expected distinct rows");
       index = static_cast<int32_t>(i);
     }
   }
 
+ private:
   Signature op_;
+  const int64_t* rows_ = nullptr;
   std::vector<int32_t> fresh_index_;
   CachedStepParams params_;
 };

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from dsa_rt.arena import Arena, Room
 from dsa_rt.bundle.strict import OPTIONAL
 from dsa_rt.cache import KVCache, TextKV
 from dsa_rt.errors import OptionError, ShapeError
@@ -94,7 +95,7 @@ class AttentionCache(Protocol):
         """K and V [B, N, H, D] to write to, and the row in them of each active token; None: rows 0 to A - 1."""
 
     def attended(self, layer: int, active: ActiveSet) -> tuple[Tensor, Tensor]:
-        """The attended K and V [B, n, H, D], once the active rows are written."""
+        """K and V [B, n, H, D], once the active rows are written: all attended, or those ``active.segments`` names."""
 
 
 class Output(NamedTuple):
@@ -102,6 +103,18 @@ class Output(NamedTuple):
 
     velocity: Tensor
     taps: list[Tensor]
+
+
+class Modulation(NamedTuple):
+    """What a forward pass reads of its timesteps, for R of them: tables [B, R, dim] fp32.
+
+    blocks: for each block shift, scale and gate of self-attention, then of the feed-forward network; affine: shift and
+    scale [1, 1, dim] of each block's norm before cross-attention; head: shift and scale.
+    """
+
+    blocks: list[tuple[Tensor, ...]]
+    affine: list[tuple[Tensor, Tensor]]
+    head: tuple[Tensor, Tensor]
 
 
 class RMSNorm(nn.Module):
@@ -128,26 +141,55 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Attention of the active rows to the rows of a cache, with RoPE."""
 
-    def forward(self, x: Tensor, active: ActiveSet, layer: int, cache: AttentionCache | None) -> Tensor:
-        """x [B, A, dim]; cache None makes the active rows attend to each other."""
-        q, k, v = self.q(x), self.k(x), self.v(x)
+    fused: nn.Linear | None = None
+    """q, k and v as one layer, once :meth:`WanModel.prepare` has made it; no part of the state dict."""
+
+    def fuse(self) -> None:
+        """One matmul for q, k and v. Where their weights are packed for it, that is a copy; else their parameters
+        become views of its own."""
+        three = (self.q, self.k, self.v)
+        fused = nn.Linear(self.q.in_features, 3 * self.q.out_features, device="meta")
+        object.__setattr__(self, "fused", fused)
+        if ops.pack(fused, three):
+            return
+        weight, bias = (torch.cat([getattr(part, name) for part in three]) for name in ("weight", "bias"))
+        fused.weight, fused.bias = (nn.Parameter(t, requires_grad=False) for t in (weight, bias))
+        for part, own, own_bias in zip(three, weight.chunk(3), bias.chunk(3), strict=True):
+            part.weight, part.bias = (nn.Parameter(t, requires_grad=False) for t in (own, own_bias))
+
+    def forward(self, x: Tensor, active: ActiveSet, layer: int, cache: AttentionCache | None, room: Room) -> Tensor:
+        """x [B, A, dim], which is overwritten where there is room; cache None makes the active rows attend to each
+        other."""
+        q, k, v = self._project(x, room)
         weights = self.norm_q.weight, self.norm_k.weight
         norms = *weights, active.cos, active.sin
+        shape = (self.heads, q.shape[-1] // self.heads)
         if ops.wants_gradient(q, k, v, *weights):
             q, k, v = ops.qk_norm_rope(q, k, v, *norms, self.heads, self.eps)
             if cache is not None:
                 if not isinstance(cache, KVCache):
                     raise OptionError(f"no gradient goes through a {type(cache).__name__}; use torch.no_grad()")
                 k, v = cache.update(layer, k, v, active)
-        elif cache is None:
-            keys, values = (self._split(torch.empty_like(t)) for t in (k, v))
-            q = ops.qk_norm_rope_store(keys, values, q, k, v, *norms, None, self.eps)
-            k, v = keys, values
+            return ops.linear(self.o, ops.active_attention(q, k, v).flatten(-2))
+        if cache is None:
+            keys, values = (_or_empty(room(name, *shape), q, shape) for name in ("keys", "values"))
+            slots = None
         else:
             keys, values, slots = cache.destination(layer, active)
-            q = ops.qk_norm_rope_store(keys, values, q, k, v, *norms, slots, self.eps)
-            k, v = cache.attended(layer, active)
-        return self.o(ops.active_attention(q, k, v).flatten(-2))
+        q = ops.qk_norm_rope_store(keys, values, q, k, v, *norms, slots, self.eps, out=room("q", *shape))
+        k, v = (keys, values) if cache is None else cache.attended(layer, active)
+        y = ops.active_attention(q, k, v, segments=active.segments, out=room("h", *shape))
+        return ops.linear(self.o, y.flatten(-2), out=room("y", x.shape[-1]))
+
+    def _project(self, x: Tensor, room: Room) -> Sequence[Tensor]:
+        """q, k, v [B, A, dim]."""
+        if self.fused is not None:
+            return ops.linear(self.fused, x, out=room("wide", 3 * x.shape[-1])).chunk(3, -1)
+        return [ops.linear(part, x) for part in (self.q, self.k, self.v)]
+
+
+def _or_empty(given: Tensor | None, rows: Tensor, shape: tuple[int, int]) -> Tensor:
+    return rows.new_empty(*rows.shape[:2], *shape) if given is None else given
 
 
 class CrossAttention(Attention):
@@ -161,29 +203,39 @@ class CrossAttention(Attention):
 
     def text_kv(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """K and V [B, L, H, D] of embedded text rows [B, L, dim]."""
-        return self._split(ops.rms_norm(self.k(text), self.norm_k.weight, self.eps)), self._split(self.v(text))
+        k = ops.rms_norm(ops.linear(self.k, text), self.norm_k.weight, self.eps)
+        return self._split(k), self._split(ops.linear(self.v, text))
 
     def image_kv(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """K and V [B, I, H, D] of embedded image rows [B, I, dim]."""
-        k = ops.rms_norm(self.k_img(image), self.norm_k_img.weight, self.eps)
-        return self._split(k), self._split(self.v_img(image))
+        k = ops.rms_norm(ops.linear(self.k_img, image), self.norm_k_img.weight, self.eps)
+        return self._split(k), self._split(ops.linear(self.v_img, image))
 
-    def forward(self, x: Tensor, text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor] | None) -> Tensor:
-        q = self._split(ops.rms_norm(self.q(x), self.norm_q.weight, self.eps))
-        y = ops.active_attention(q, *text)
+    def forward(
+        self, x: Tensor, text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor] | None, segments: Tensor | None,
+        room: Room,
+    ) -> Tensor:  # fmt: skip
+        """x [B, A, dim], which is overwritten where there is room; segments: of text rows, see
+        :class:`dsa_rt.plan.ActiveSet`."""
+        dim = x.shape[-1]
+        projected = ops.linear(self.q, x, out=room("q", dim))
+        q = self._split(ops.rms_norm(projected, self.norm_q.weight, self.eps, out=room("q", dim)))
+        y = ops.active_attention(q, *text, segments=segments, out=room("h", *q.shape[2:]))
         if image is not None:
-            y = y + ops.active_attention(q, *image)
-        return self.o(y.flatten(-2))
+            y = y + ops.active_attention(q, *image, out=room("wide", *q.shape[2:]))
+        return ops.linear(self.o, y.flatten(-2), out=room("y", dim))
 
 
 class FeedForward(nn.Sequential):
-    """Linear, GELU in its tanh form, Linear."""
+    """Linear, GELU in its tanh form, Linear. The original's names of parameters make it a sequence."""
 
     def __init__(self, dim: int, wide: int) -> None:
         super().__init__(nn.Linear(dim, wide), nn.GELU("tanh"), nn.Linear(wide, dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self[2](ops.linear_gelu(cast(nn.Linear, self[0]), x))
+    def forward(self, x: Tensor, room: Room) -> Tensor:  # type: ignore[override]  # takes where to work, too
+        first, last = cast(nn.Linear, self[0]), cast(nn.Linear, self[2])
+        hidden = ops.linear(first, x, gelu=True, out=room("wide", first.out_features))
+        return ops.linear(last, hidden, out=room("y", x.shape[-1]))
 
 
 class Block(nn.Module):
@@ -243,15 +295,21 @@ class WanModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.patch_embedding.weight.dtype
 
-    def embed_text(self, text: Tensor, image: Tensor | None = None) -> TextKV:
+    def embed_text(self, text: Tensor, image: Tensor | None = None, out: TextKV | None = None) -> TextKV:
         """Text encoder rows [B, text_length, text_dim] -> the cross-attention K/V of every layer.
 
         image [B, I, image_dim]: rows of the CLIP vision encoder's last but one layer, for a generator with image_dim
-        and for no other; :class:`OptionError` or :class:`ShapeError` where that does not fit.
+        and for no other; :class:`OptionError` or :class:`ShapeError` where that does not fit. out: where the K/V of the
+        text go, layer by layer.
         """
         self._check_image(image, len(text))
         blocks = cast("Sequence[Block]", self.blocks)
         embedded = self.text_embedding(text.to(self.dtype))
+        if out is not None:
+            for block, kv in zip(blocks, out.layers, strict=True):
+                for held, made in zip(kv, block.cross_attn.text_kv(embedded), strict=True):
+                    held.copy_(made)
+            return out
         layers = [block.cross_attn.text_kv(embedded) for block in blocks]
         if image is None:
             return TextKV(layers)
@@ -282,48 +340,75 @@ class WanModel(nn.Module):
         embedding = self.time_embedding(torch.cat((angle.cos(), angle.sin()), -1).to(self.dtype))
         return embedding.float(), self.time_projection(embedding).float().unflatten(-1, (6, -1))
 
+    def modulation(self, timesteps: Tensor) -> Modulation:
+        """Of timesteps [B, R] (1000 sigma)."""
+        head, block = self.embed_timesteps(timesteps)
+        blocks = cast("Sequence[Block]", self.blocks)
+        return Modulation(
+            [(block + b.modulation.float()).unbind(2) for b in blocks], [affine(b.norm3) for b in blocks],
+            cast("tuple[Tensor, Tensor]", (head[:, :, None] + self.head.modulation.float()).unbind(2)),
+        )  # fmt: skip
+
     def forward(
         self,
         rows: Tensor,
         active: ActiveSet,
-        timesteps: Tensor,
+        timesteps: Tensor | Modulation,
         text: TextKV,
         cache: AttentionCache | None = None,
         taps: Sequence[int] = (),
+        arena: Arena | None = None,
     ) -> Output:
         """Velocity of the active rows.
 
-        rows [B, A, patch_dim]; timesteps [B, R] fp32, indexed by ``active.modulation_rows``; text from
-        :meth:`embed_text`; cache None makes the active rows attend to each other; taps: block indices whose output
-        is returned for the confidence head.
+        rows [B, A, patch_dim]; timesteps [B, R] fp32, or their :meth:`modulation`, indexed by
+        ``active.modulation_rows``; text from :meth:`embed_text`; cache None makes the active rows attend to each other;
+        taps: block indices whose output is returned for the confidence head. arena: where to work, and where the result
+        will lie until the next pass in it; None: in new memory.
         """
-        eps, index, tapped = self.config.eps, active.modulation_rows, []
-        head_modulation, block_modulation = self.embed_timesteps(timesteps)
-        x = self.patch_embedding(rows.to(self.dtype))
+        tables = timesteps if isinstance(timesteps, Modulation) else self.modulation(timesteps)
+        eps, dim, index, tapped = self.config.eps, self.config.dim, active.modulation_rows, []
+        room = Room(arena, rows.shape[:2], self.dtype)
+        x = ops.linear(self.patch_embedding, rows, out=room("x", dim))
         y = gate = None
         for layer, block in enumerate(cast("Sequence[Block]", self.blocks)):
-            m = (block_modulation + block.modulation.float()).unbind(2)
+            m = tables.blocks[layer]
             if y is None:
-                h = ops.norm_modulate(x, m[0], m[1], index, eps)
+                h = ops.norm_modulate(x, m[0], m[1], index, eps, out=room("h", dim))
             else:
-                x, h = ops.residual_norm_modulate(x, y, gate, m[0], m[1], index, eps)
-            if layer - 1 in taps:
+                x, h = ops.residual_norm_modulate(x, y, gate, m[0], m[1], index, eps, out=room("h", dim))
+            keep = layer - 1 in taps
+            if keep:
                 tapped.append(x)
-            y = block.self_attn(h, active, layer, cache)
-            shift, scale = _affine(block.norm3)
-            x, h = ops.residual_norm_modulate(x, y, m[2], shift, scale, index, eps, keep=layer - 1 in taps)
+            y = block.self_attn(h, active, layer, cache, room)
+            x, h = ops.residual_norm_modulate(
+                x, y, m[2], *tables.affine[layer], index, eps, keep=keep, out=room("h", dim),
+                sum=room(f"x after {len(tapped)} taps", dim) if keep else None,
+            )  # fmt: skip
             image = None if text.image_layers is None else text.image_layers[layer]
-            y = block.cross_attn(h, text.layers[layer], image)
-            x, h = ops.residual_norm_modulate(x, y, None, m[3], m[4], index, eps)
-            y, gate = block.ffn(h), m[5]
+            y = block.cross_attn(h, text.layers[layer], image, active.text_segments, room)
+            x, h = ops.residual_norm_modulate(x, y, None, m[3], m[4], index, eps, out=room("h", dim))
+            y, gate = block.ffn(h, room), m[5]
         assert y is not None  # WanConfig has a layer or more
-        shift, scale = (head_modulation[:, :, None] + self.head.modulation.float()).unbind(2)
-        x, h = ops.residual_norm_modulate(x, y, gate, shift, scale, index, eps)
+        x, h = ops.residual_norm_modulate(x, y, gate, *tables.head, index, eps, out=room("h", dim))
         if self.config.layers - 1 in taps:
             tapped.append(x)
-        return Output(self.head.head(h), tapped)
+        return Output(ops.linear(self.head.head, h, out=room("velocity", self.config.velocity_dim)), tapped)
+
+    def prepare(self) -> WanModel:
+        """Lay out weights that no longer change as the kernels want them: q, k and v as one layer, and on the CPU all
+        layers of a pass packed, beside the parameters themselves (:func:`dsa_rt.ops.layers.packed_bytes`)."""
+        for block in cast("Sequence[Block]", self.blocks):
+            block.self_attn.fuse()
+            cross = [module for module in block.cross_attn.children() if isinstance(module, nn.Linear)]
+            ffn = [module for module in block.ffn if isinstance(module, nn.Linear)]
+            for layer in (block.self_attn.o, *cross, *ffn):
+                ops.pack(layer)
+        for layer in (self.patch_embedding, self.head.head):
+            ops.pack(layer)
+        return self
 
 
-def _affine(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+def affine(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """An affine norm as tables of modulation [1, 1, C]: shift and scale of all tokens."""
     return norm.bias.float()[None, None], norm.weight.float()[None, None] - 1

@@ -87,17 +87,22 @@ _FLOAT_ROWS = (Implementation("native", _NATIVE_DEVICES, _FLOATS, _native_note()
 _ANY_ROWS = (Implementation("native", _NATIVE_DEVICES, note=_native_note()), _DEFINITION)
 
 
-def _attention() -> tuple[Implementation, ...]:
-    """Measured on Zen 5 (bench.ops, one core): native is 4 to 5 times as fast as the framework's fused kernel with bf16
-    dot products, 2 to 2.7 times with AVX-512, 1.2 to 1.5 with AVX2, and half as fast without either."""
+def _cpu_products() -> Implementation:
+    """What multiplies matrices: left to the framework where that has instructions which the native kernels lack."""
     info = native.build_info()
     yields: tuple[tuple[torch.dtype, str], ...] = ()
     if info["instruction_sets"][0] == "generic":
         yields = tuple((dtype, "native has no vector kernels for this processor") for dtype in _FLOATS)
     elif info["amx_bf16"]:
         yields = ((torch.bfloat16, "native does not use this processor's matrix unit (AMX), the framework does"),)
-    rows = [Implementation("native", ("cpu",), _FLOATS, _native_note(), yields)]
-    if info["cuda"]:
+    return Implementation("native", ("cpu",), _FLOATS, _native_note(), yields)
+
+
+def _attention() -> tuple[Implementation, ...]:
+    """Measured on Zen 5 (bench.ops, one core): native is 4 to 5 times as fast as the framework's fused kernel with bf16
+    dot products, 2 to 2.7 times with AVX-512, 1.2 to 1.5 with AVX2, and half as fast without either."""
+    rows = [_cpu_products()]
+    if native.build_info()["cuda"]:
         note = "CUDA kernel for compute capability 9.0, D 64 and 128"
         rows.append(Implementation("native", ("cuda",), (torch.bfloat16,), note, refuses=_not_for_hopper))
     return (*rows, Implementation("torch", note="the framework's fused kernel"))
@@ -120,6 +125,7 @@ _BEFORE_TRITON = {
     "renoise": _FLOAT_ROWS,
     "cached_step": _FLOAT_ROWS,
     "exit_decision": _FLOAT_ROWS,
+    "rms_norm": (Implementation("native", ("cpu",), _FLOATS, _native_note()), _DEFINITION),
     "norm_modulate": _FLOAT_ROWS,
     "residual_norm_modulate": _FLOAT_ROWS,
     "qk_norm_rope_store": _FLOAT_ROWS,
@@ -127,10 +133,11 @@ _BEFORE_TRITON = {
     "gather_rows": _ANY_ROWS,
     "scatter_rows": _ANY_ROWS,
     "confidence_pool": _FLOAT_ROWS,
+    "linear": (_cpu_products(), _DEFINITION),
 }
 # Best first. Triton comes last, so that it serves where it is asked for, until it has been measured on a GPU.
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
-    op: (*rows, _triton(op)) for op, rows in _BEFORE_TRITON.items()
+    op: (*rows, _triton(op)) if op in triton.FAMILIES else rows for op, rows in _BEFORE_TRITON.items()
 }
 
 

@@ -6,20 +6,24 @@ the definition in :mod:`dsa_rt.reference`, or for attention the framework's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsa_rt.ops import attention, norm, pool, rope
+from dsa_rt.ops import linear as matmul
 from dsa_rt.ops.backend import choose
 from dsa_rt.reference import layers as reference
-from dsa_rt.reference.layers import rms_norm
 
 __all__ = [
     "active_attention",
     "confidence_pool",
-    "linear_gelu",
+    "linear",
     "norm_modulate",
+    "pack",
+    "packed_bytes",
     "qk_norm_rope",
     "qk_norm_rope_store",
     "residual_norm_modulate",
@@ -44,33 +48,49 @@ def _has_kernel(op: str, *alike: Tensor, others: tuple[Tensor | None, ...] = ())
     return choose(op, first.device.type, first.dtype) != "torch"
 
 
-def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float) -> Tensor:
+def norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float, *, out: Tensor | None = None
+) -> Tensor:
     """LayerNorm, then ``y * (1 + scale[r]) + shift[r]``; see :func:`dsa_rt.ops.norm.norm_modulate`."""
     if not _has_kernel("norm_modulate", x, others=(shift, scale)):
-        return reference.norm_modulate(x, shift, scale, rows, eps)
-    out = _rows_like(x)
+        return _given(out, reference.norm_modulate(x, shift, scale, rows, eps))
+    out = _rows_like(x) if out is None else out
     norm.norm_modulate(out, x, shift, scale, rows, eps)
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
+    """RMSNorm over the last dimension; ``out`` may be ``x``. See :func:`dsa_rt.ops.norm.rms_norm`."""
+    if x.ndim != 3 or not _has_kernel("rms_norm", x, others=(weight,)):
+        return _given(out, reference.rms_norm(x, weight, eps))
+    out = _rows_like(x) if out is None else out
+    norm.rms_norm(out, x, weight, eps)
     return out
 
 
 def residual_norm_modulate(
     x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float, *,
-    keep: bool = False,
+    keep: bool = False, sum: Tensor | None = None, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``x + gate[r] * y`` and :func:`norm_modulate` of that sum; see :func:`dsa_rt.ops.norm.residual_norm_modulate`.
 
-    The sum may take the place of x, which the caller has no further use for, unless it says ``keep``.
+    The sum may take the place of x, which the caller has no further use for, unless it says ``keep``; then it goes to
+    ``sum``, where there is one.
     """
     if not _has_kernel("residual_norm_modulate", x, y, others=(gate, shift, scale)):
-        return reference.residual_norm_modulate(x, y, gate, shift, scale, rows, eps)
-    total, out = _rows_like(x) if keep else x, _rows_like(x)
+        total, normed = reference.residual_norm_modulate(x, y, gate, shift, scale, rows, eps)
+        if out is not None and not keep:
+            sum = x  # buffers stay where they are
+        return _given(sum, total), _given(out, normed)
+    total = x if not keep else _rows_like(x) if sum is None else sum
+    out = _rows_like(x) if out is None else out
     norm.residual_norm_modulate(total, out, x, y, gate, shift, scale, rows, eps)
     return total, out
 
 
 def qk_norm_rope_store(
     k_cache: Tensor, v_cache: Tensor, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor,
-    cos: Tensor, sin: Tensor, slots: Tensor | None, eps: float,
+    cos: Tensor, sin: Tensor, slots: Tensor | None, eps: float, *, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """q [B, A, H, D], normalised and turned; k and v go into their cache rows, so that no gradient goes through. See
     :func:`dsa_rt.ops.rope.qk_norm_rope_store`."""
@@ -78,26 +98,36 @@ def qk_norm_rope_store(
     if q_weight.dtype == k_weight.dtype and _has_kernel(
         "qk_norm_rope_store", q, k, v, k_cache, v_cache, others=weights
     ):
-        out = torch.empty((*q.shape[:2], *k_cache.shape[2:]), dtype=q.dtype, device=q.device)
+        shape = (*q.shape[:2], *k_cache.shape[2:])
+        out = torch.empty(shape, dtype=q.dtype, device=q.device) if out is None else out
         rope.qk_norm_rope_store(out, k_cache, v_cache, q, k, v, *weights, cos, sin, slots, eps)
         return out
-    out, k, v = reference.qk_norm_rope_store(q, k, v, *weights, cos, sin, k_cache.shape[2], eps)
+    turned, k, v = reference.qk_norm_rope_store(q, k, v, *weights, cos, sin, k_cache.shape[2], eps)
     rope.store(k_cache, slots, k)
     rope.store(v_cache, slots, v)
-    return out
+    return _given(out, turned)
 
 
-def active_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def active_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, segments: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """Attention of A active queries to N cache rows: q [B, A, H, D], k and v [B, N, H, D] -> [B, A, H, D].
 
     Differentiable; where no gradient is wanted, :func:`dsa_rt.ops.attention.active_attention` for the tensors that its
-    kernels take and for which they are the faster ones.
+    kernels take and for which they are the faster ones. segments: as there.
     """
-    differentiable = wants_gradient(q, k, v)
     if _has_kernel("active_attention", q, k, v):
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        if attention.ran(out, q, k, v):
-            return out
+        room = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+        if attention.ran(room, q, k, v, segments=segments):
+            return room
+    if segments is None:
+        return _given(out, _framework_attention(q, k, v))
+    parts = [_framework_attention(*part) for part in reference.split_segments(q, k, v, segments)]
+    return _given(out, parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+
+
+def _framework_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    differentiable = wants_gradient(q, k, v)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     small = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= 1 << 24
     if q.device.type == "cpu" and (differentiable or (q.dtype == torch.bfloat16 and small)):
@@ -117,13 +147,47 @@ def confidence_pool(query: Tensor, keys: Tensor, key_weight: Tensor, tokens: Ten
     return out
 
 
-def linear_gelu(linear: nn.Linear, x: Tensor) -> Tensor:
-    """The layer, then GELU in its tanh form; in one matmul on CUDA, where the framework's fused one has that form."""
-    weight, bias = linear.weight, linear.bias
-    if x.is_cuda and x.dtype == weight.dtype == bias.dtype and not wants_gradient(x, weight, bias):
+def linear(layer: nn.Linear, x: Tensor, *, gelu: bool = False, out: Tensor | None = None) -> Tensor:
+    """The layer over the last dimension, then, if ``gelu``, GELU in its tanh form. x is rounded to the dtype of the
+    weights. With weights that :func:`pack` has packed it runs as :func:`dsa_rt.ops.linear.linear`."""
+    packed: matmul.PackedLinear | None = getattr(layer, "packed", None)
+    if packed is not None and not wants_gradient(x):
+        if out is None:
+            out = torch.empty((*x.shape[:-1], packed.n), dtype=packed.weight.dtype, device=x.device)
+        matmul.linear(out, x, packed, "gelu" if gelu else "none")
+        return out
+    weight, bias = layer.weight, layer.bias
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        x = x.to(weight.dtype)
+    if gelu and x.is_cuda and x.dtype == weight.dtype == bias.dtype and not wants_gradient(x, weight, bias):
         hidden = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
-        return hidden.unflatten(0, x.shape[:-1])
-    return F.gelu(linear(x), approximate="tanh")
+        return _given(out, hidden.unflatten(0, x.shape[:-1]))
+    hidden = F.linear(x, weight, bias)
+    return _given(out, F.gelu(hidden, approximate="tanh") if gelu else hidden)
+
+
+def pack(layer: nn.Linear, of: Sequence[nn.Linear] = ()) -> bool:
+    """Pack the weights of a layer that no longer change for the kernel that will take them, where there is one that is
+    worth it: on the CPU. of: layers that share their input, whose rows follow each other in this one."""
+    parts = list(of) or [layer]
+    weight = parts[0].weight
+    if weight.device.type != "cpu" or choose("linear", "cpu", weight.dtype) != "native":
+        return False
+    packed = matmul.pack_linear([part.weight for part in parts], [part.bias for part in parts])
+    layer.packed = packed  # type: ignore[assignment]
+    return True
+
+
+def packed_bytes(module: nn.Module) -> int:
+    """Memory of what :func:`pack` made in a module, beside its parameters."""
+    layers = (layer for part in module.modules() for layer in (part, getattr(part, "fused", None)))
+    packs = (getattr(layer, "packed", None) for layer in layers)
+    return sum(p.weight.nbytes + (0 if p.bias is None else p.bias.nbytes) for p in packs if p is not None)
+
+
+def _given(out: Tensor | None, result: Tensor) -> Tensor:
+    """The result, in the caller's buffer where there is one."""
+    return result if out is None else out.copy_(result)
 
 
 def _rows_like(x: Tensor) -> Tensor:

@@ -18,11 +18,20 @@ from torch import Tensor
 from dsa_rt.ops.backend import register, served
 from dsa_rt.reference import layers as reference
 
+register("rms_norm(Tensor(a!) out, Tensor x, Tensor weight, float eps) -> ()")
 register("norm_modulate(Tensor(a!) out, Tensor x, Tensor shift, Tensor scale, Tensor? rows, float eps) -> ()")
 register(
     "residual_norm_modulate(Tensor(a!) sum, Tensor(b!) out, Tensor x, Tensor y, Tensor? gate, Tensor shift, "
     "Tensor scale, Tensor? rows, float eps) -> ()"
 )
+
+
+def rms_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float, *, backend: str | None = None) -> None:
+    """``out = x / √(mean(x²) + eps) · weight``; out, x [B, A, C], ``out`` may be ``x`` itself; weight [C] fp32 or
+    bf16."""
+    if served("rms_norm", backend, x, (out, x, weight), eps):
+        return
+    out.copy_(reference.rms_norm(x, weight, eps))
 
 
 def norm_modulate(

@@ -54,6 +54,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    """``act(x Wᵀ + bias)`` in fp32, unrounded: x [..., K], rounded to the dtype of ``weight`` [N, K] first; bias [N] or
+    None; activation "none" or "gelu", in its tanh form."""
+    y = F.linear(x.to(weight.dtype).float(), weight.float(), None if bias is None else bias.float())
+    return F.gelu(y, approximate="tanh") if activation == "gelu" else y
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate interleaved pairs: x [B, A, H, D]; cos, sin [A, D / 2] fp32 (Wan's complex multiplication)."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
@@ -94,22 +101,25 @@ def active_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = 
     in order.
     """
     if segments is not None:
-        return torch.cat([active_attention(*part) for part in _segments(q, k, v, segments)], 1)
+        return torch.cat([active_attention(*part) for part in split_segments(q, k, v, segments)], 1)
     return torch.einsum("bhan,bnhd->bahd", _scores(q, k).softmax(-1), v.float()).to(q.dtype)
 
 
 def attention_log_sum_exp(q: Tensor, k: Tensor, segments: Tensor | None = None) -> Tensor:
     """Natural logarithm of the softmax's denominator in :func:`active_attention`: [B, H, A] fp32."""
     if segments is not None:
-        return torch.cat([attention_log_sum_exp(q, k) for q, k, _ in _segments(q, k, k, segments)], 2)
+        return torch.cat([attention_log_sum_exp(q, k) for q, k, _ in split_segments(q, k, k, segments)], 2)
     return _scores(q, k).logsumexp(-1)
 
 
-def _segments(q: Tensor, k: Tensor, v: Tensor, segments: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+def split_segments(q: Tensor, k: Tensor, v: Tensor, segments: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     """The queries, keys and values of each segment."""
     parts, start = [], 0
     for count, begin, end, begin2, end2 in segments.tolist():
-        keys, values = (torch.cat((rows[:, begin:end], rows[:, begin2:end2]), 1) for rows in (k, v))
+        ranges = [slice(b, e) for b, e in ((begin, end), (begin2, end2)) if e > b]
+        keys, values = (
+            rows[:, ranges[0]] if len(ranges) == 1 else torch.cat([rows[:, r] for r in ranges], 1) for rows in (k, v)
+        )
         parts.append((q[:, start : start + count], keys, values))
         start += count
     return parts

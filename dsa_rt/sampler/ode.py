@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsa_rt.cache import TextKV
+from dsa_rt.clock import Clock
 from dsa_rt.errors import OptionError, ShapeError
 from dsa_rt.models.wan import WanModel
 from dsa_rt.ops import step as ops
@@ -74,7 +74,8 @@ def solve(
     first one's sizes; Wan 2.2 A14B: boundary 0.875 text-to-video, 0.9 image-to-video). storage: of K/V between steps,
     see :func:`dsa_rt.sync.sync_caches`. The clip is one chunk; passes are the steps with a forward pass.
     """
-    start = time.perf_counter()
+    clock = Clock(model.patch_embedding.weight.device)
+    start = clock.mark()
     device, width = model.patch_embedding.weight.device, model.config.velocity_dim
     conditions = conditions or Conditions()
     dense = frame_tokens(grid, frames, model.config.head_dim, per_frame=False, device=device)
@@ -126,7 +127,8 @@ def solve(
                 groups.assign(scores[0].cpu().numpy())  # the one time in a clip that the host waits
         if len(active.tokens):
             on_pass(passes, None)
-    return DenoisedChunk(0, frames, x, passes, (None,) * passes, None, 1000 * (time.perf_counter() - start), 0.0)
+    spent = (clock.between(start, clock.mark()), 0.0)
+    return DenoisedChunk(0, frames, x, passes, (None,) * passes, None, lambda: spent)
 
 
 def _check_plan(plan: StepPlan, steps: int, tokens: int, fixed: int) -> None:

@@ -1,6 +1,6 @@
 // AVX-512 without bf16 dot products: fp32 operands.
 #include "attention_impl.h"
-#include "attention_vectors_avx512.h"
+#include "vectors_avx512.h"
 
 namespace dsa_rt::cpu {
 

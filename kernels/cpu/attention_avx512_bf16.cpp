@@ -1,7 +1,7 @@
 // AVX-512 with bf16 dot products: vdpbf16ps adds two products of bf16 to each fp32 lane, so that an operand's unit is a
 // pair of bf16 along the sum: two channels of a query or key, two keys of weights or values.
 #include "attention_impl.h"
-#include "attention_vectors_avx512.h"
+#include "vectors_avx512.h"
 
 namespace dsa_rt::cpu {
 namespace {

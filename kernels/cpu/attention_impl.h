@@ -24,11 +24,11 @@
 
 #include "attention.h"
 #include "bfloat16.h"
+#include "multiply.h"
 
 namespace dsa_rt::cpu {
 namespace {
 
-constexpr int block_rows = 6;  // with V::columns vectors beside them they fill the register file
 constexpr int64_t tile_rows = attention_tile_rows;
 constexpr int64_t key_block = 256;
 constexpr int64_t run_bytes = 512 << 10;  // of a run's queries and outputs, half of a common L2
@@ -86,23 +86,6 @@ T* row_of(const Heads& heads, int64_t batch, int64_t head, int64_t row) {
   return static_cast<T*>(heads.data) + batch * heads.batch_stride + row * heads.row_stride + head * heads.head_stride;
 }
 
-// total[r][c] += Σ_k left[r][k]·right[k][c]: rows of `left` row_step units apart, `right` a panel of `columns` vectors.
-template <class V, int columns>
-DSA_RT_INLINE void multiply(typename V::Vec (&total)[block_rows][columns], const typename V::Unit* left,
-                            int64_t row_step, const typename V::Unit* right, int64_t steps) {
-  for (int64_t k = 0; k < steps; ++k, right += columns * V::lanes) {
-    typename V::Units panel[columns];
-#pragma GCC unroll 8
-    for (int c = 0; c < columns; ++c) panel[c] = V::units(right + c * V::lanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < block_rows; ++r) {
-      const typename V::Units row = V::repeat(left + r * row_step + k);
-#pragma GCC unroll 8
-      for (int c = 0; c < columns; ++c) total[r][c] = V::multiply_add(total[r][c], row, panel[c]);
-    }
-  }
-}
-
 // Scores of a tile's rows with a block of keys, and their maxima, lane by lane.
 template <class V>
 void score(const Work<V>& w, const typename V::Unit* queries, int64_t rows, int64_t keys) {
@@ -111,7 +94,7 @@ void score(const Work<V>& w, const typename V::Unit* queries, int64_t rows, int6
     const bool partial = keys - first < w.width;
     for (int64_t row = 0; row < rows; row += block_rows) {
       typename V::Vec total[block_rows][columns] = {};
-      multiply<V, columns>(total, queries + row * w.steps, w.steps, w.keys + first * w.steps, w.steps);
+      multiply<V>(total, queries + row * w.steps, w.steps, w.keys + first * w.steps, w.steps);
 #pragma GCC unroll 8
       for (int r = 0; r < block_rows; ++r) {
         float* to = w.scores + (row + r) * key_block + first;
@@ -178,7 +161,7 @@ void gather(const Work<V>& w, float* out, int64_t rows, int64_t keys, int64_t fi
 #pragma GCC unroll 8
       for (int c = 0; c < columns; ++c) total[r][c] = V::load(to + r * w.out_width + c * V::lanes) * shrink;
     }
-    multiply<V, columns>(total, weights, key_block, values, (keys + V::group - 1) / V::group);
+    multiply<V>(total, weights, key_block, values, (keys + V::group - 1) / V::group);
 #pragma GCC unroll 8
     for (int r = 0; r < block_rows; ++r)
 #pragma GCC unroll 8

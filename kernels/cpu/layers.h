@@ -10,6 +10,7 @@ namespace dsa_rt::cpu {
 struct LayerKernels {
   // On the flattened rows [begin, end) of batch·active.
   void (*norm_modulate)(const NormModulateParams&, int64_t begin, int64_t end);
+  void (*rms_norm)(const RmsNormParams&, int64_t begin, int64_t end);
   void (*qk_norm_rope_store)(const QkNormRopeStoreParams&, int64_t begin, int64_t end);
   // confidence_pool in three steps, each after the whole of the one before. scores [B, H, A] are written on the rows
   // [begin, end) of batch·active; become weights for [begin, end) of batch·heads; and the tokens are summed by them on

@@ -1,8 +1,8 @@
 // The transformer ops beside attention, written once over Lanes and compiled once per instruction set: a translation
 // unit includes this file, has its flags in CMakeLists.txt, and exports `layer_kernels`.
 //
-// All are bound by memory once their rows leave the cache. Bytes per row of C elements of s bytes: norm_modulate reads
-// and writes s·C each, the residual adds two reads (x, y) and a write (the sum) less the read of the norm;
+// All are bound by memory once their rows leave the cache. Bytes per row of C elements of s bytes: norm_modulate and
+// rms_norm read and write s·C each, the residual adds two reads (x, y) and a write (the sum) less the read of the norm;
 // qk_norm_rope_store reads 3·s·C and writes as much; confidence_pool reads 2·s·C and does 2·H·C operations. Tables,
 // weights and rotations are fp32 rows that many tokens share. A row that is read again comes from L1: 3 KB in bf16 at
 // C = 1536, 10 KB at 5120.
@@ -12,24 +12,14 @@
 
 #include "lanes.h"
 #include "layers.h"
+#include "rows.h"
 
 namespace dsa_rt::cpu {
 namespace {
 
 template <class T>
-T* row_of(const Rows& rows, int64_t batch, int64_t row) {
-  return static_cast<T*>(rows.data) + batch * rows.batch_stride + row * rows.row_stride;
-}
-
-template <class T>
 T* row_of(const Heads& heads, int64_t batch, int64_t row) {
   return static_cast<T*>(heads.data) + batch * heads.batch_stride + row * heads.row_stride;
-}
-
-// Calls body(an element of that type).
-template <class Body>
-void with_type(Element element, Body body) {
-  element == Element::float32 ? body(float{}) : body(BFloat16{});
 }
 
 // Sum of the squares of (x - middle) over a row.
@@ -103,6 +93,30 @@ void norm_modulate(const NormModulateParams& p, int64_t begin, int64_t end) {
   });
 }
 
+// 1 / √(mean of squares + eps)
+template <class T>
+DSA_RT_INLINE float rms_factor(const T* x, int64_t width, float eps) {
+  return 1.0f / sqrtf(sum_of_squares(x, width, 0.0f) / static_cast<float>(width) + eps);
+}
+
+void rms_norm(const RmsNormParams& p, int64_t begin, int64_t end) {
+  with_type(p.x.element, [&](auto type) {
+    using T = decltype(type);
+    with_type(p.weight_element, [&](auto weight_type) {
+      const auto* weight = static_cast<const decltype(weight_type)*>(p.weight);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t batch = i / p.active, token = i % p.active;
+        const T* x = row_of<const T>(p.x, batch, token);
+        T* out = row_of<T>(p.out, batch, token);
+        const Lanes factor = all(rms_factor(x, p.width, p.eps));
+        for_blocks(p.width, [&](int64_t c, auto block) {
+          store(out + c, load(x + c, block) * factor * load(weight + c, block), block);
+        });
+      }
+    });
+  });
+}
+
 // A token's rotation laid out for elements in their order: (even, odd)·cos + (odd, even)·(-sin, sin).
 struct Rotation {
   static constexpr int64_t width = 256;  // elements of a head that are turned at once
@@ -142,10 +156,7 @@ void qk_norm_rope_store(const QkNormRopeStoreParams& p, int64_t begin, int64_t e
         const int64_t batch = i / p.active, token = i % p.active;
         const int64_t slot = p.slots ? p.slots[token] : token;
         const T *q = row_of<const T>(p.q, batch, token), *k = row_of<const T>(p.k, batch, token);
-        const auto factor = [&](const T* row) {
-          return 1.0f / sqrtf(sum_of_squares(row, width, 0.0f) / static_cast<float>(width) + p.eps);
-        };
-        const float q_factor = factor(q), k_factor = factor(k);
+        const float q_factor = rms_factor(q, width, p.eps), k_factor = rms_factor(k, width, p.eps);
         for (int64_t first = 0; first < p.dim; first += Rotation::width) {
           const int64_t count = p.dim - first < Rotation::width ? p.dim - first : Rotation::width;
           const int64_t pair = (token * p.dim + first) / 2;
@@ -178,7 +189,7 @@ void pool_scores(const ConfidencePoolParams& p, float* scores, int64_t begin, in
       for (int64_t i = begin; i < end; ++i) {
         const int64_t batch = i / p.active, token = i % p.active;
         const T* key = row_of<const T>(p.keys, batch, token);
-        const Lanes factor = all(1.0f / sqrtf(sum_of_squares(key, width, 0.0f) / static_cast<float>(width) + p.eps));
+        const Lanes factor = all(rms_factor(key, width, p.eps));
         for (int64_t head = 0; head < p.heads; ++head) {
           Lanes total = all(0.0f);
           for_blocks(p.dim, [&](int64_t d, auto block) {
@@ -262,7 +273,8 @@ void pool_tokens(const ConfidencePoolParams& p, const float* weights, int64_t be
   });
 }
 
-constexpr LayerKernels layer_kernels = {norm_modulate, qk_norm_rope_store, pool_scores, pool_weights, pool_tokens};
+constexpr LayerKernels layer_kernels = {norm_modulate, rms_norm,     qk_norm_rope_store,
+                                        pool_scores,   pool_weights, pool_tokens};
 
 }  // namespace
 }  // namespace dsa_rt::cpu

@@ -7,16 +7,11 @@
 #pragma once
 
 #include "../philox.h"
-#include "bfloat16.h"
+#include "rows.h"
 #include "step.h"
 
 namespace dsa_rt::cpu {
 namespace {
-
-template <class T>
-T* row_of(const Rows& rows, int64_t batch, int64_t row) {
-  return static_cast<T*>(rows.data) + batch * rows.batch_stride + row * rows.row_stride;
-}
 
 // Calls body(type of x, type of velocity) for the element types of the two.
 template <class Body>

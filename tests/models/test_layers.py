@@ -286,8 +286,8 @@ def test_a_dtype_without_kernel() -> None:
     assert ops.confidence_pool(torch.randn(2, 6), x, torch.ones(12).half(), y, EPS).dtype == torch.float32
 
 
-def test_linear_gelu() -> None:
+def test_linear_with_gelu() -> None:
     linear, x = torch.nn.Linear(5, 7), torch.randn(2, 3, 5)
     hidden = linear(x)
     inner = math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)
-    torch.testing.assert_close(ops.linear_gelu(linear, x), 0.5 * hidden * (1 + inner.tanh()))
+    torch.testing.assert_close(ops.linear(linear, x, gelu=True), 0.5 * hidden * (1 + inner.tanh()))

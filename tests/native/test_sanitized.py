@@ -69,7 +69,8 @@ def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProce
 
 def test_the_ops(environment: dict[str, str]) -> None:
     """Every kernel of every instruction set of this machine. Left out: what is about the framework, not the kernels."""
-    files = sorted(str(path) for path in (ROOT / "tests/ops").glob("test_*.py") if path.name != "test_backend.py")
+    ops = sorted(str(path) for path in (ROOT / "tests/ops").glob("test_*.py") if path.name != "test_backend.py")
+    files = (*ops, str(ROOT / "tests/test_recording.py"))
     done = run(environment, "-m", "pytest", "-p", "sanitized_plugin", "-p", "no:cacheprovider", "-x", *files,
                "-k", "not opcheck and not compile and not torch")  # fmt: skip
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]

@@ -51,7 +51,7 @@ def test_euler_with_guidance(guidance: float, steps: int) -> None:
     assert reported == [(number + 1, None) for number in range(steps)]
     assert checks == list(range(steps))  # before every step
     assert (done.index, done.frames, done.passes, done.confidences) == (0, FRAMES, steps, (None,) * steps)
-    assert done.threshold is None and done.context_ms == 0
+    assert done.threshold is None and done.milliseconds()[1] == 0
 
 
 def test_cancelled_between_steps() -> None:

@@ -1,0 +1,190 @@
+// linear, written once over a vector type V (attention_float32.h says what that is): a translation unit defines V for
+// its instruction set and type of weights and exports linear_kernel<V>.
+//
+// 2·M·N·K operations for M rows; bytes: the weights, x and out once each. Arithmetic bounds it from some dozens of rows
+// on, the bandwidth of the weights below. docs/kernels/linear.md has the floor and what is reached.
+//
+// A tile of rows × columns goes along K in blocks. Of each, six rows at a time stay in L1 while the tile's panels of
+// weights come by from L2, six rows × one panel of sums in registers. Between blocks of K sums lie in scratch, in fp32,
+// so that an element is one sum over K from its first term to its last however K is cut. After the last block a row
+// gets bias, activation and its one rounding.
+#pragma once
+
+#include <math.h>
+
+#include <type_traits>
+
+#include "lanes.h"
+#include "linear.h"
+#include "multiply.h"
+#include "rows.h"
+
+namespace dsa_rt::cpu {
+namespace {
+
+constexpr int64_t most_steps = 384;  // along K at once: 4 bytes each for 256 columns leave room in an L2 of 512 KB
+
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// W: type of the weights. Element: that of rows of x as V::repeat reads them.
+template <class Base, class W>
+struct FmaOperands : Base {
+  using Vec = typename Base::Vec;
+  using Weight = W;
+  using Element = float;
+  using Unit = float;
+  using Panel = W;  // what a unit of a panel is stored as
+  using Units = Vec;
+  static constexpr int group = 1;
+
+  static Units units(const float* p) { return Base::load(p); }
+  static Units units(const BFloat16* p) {
+    Halves halves;
+    memcpy(&halves, p, sizeof halves);
+    return (Vec)(widen(halves) << 16);
+  }
+  static Units repeat(const float* p) { return Base::all(*p); }
+  static Vec multiply_add(Vec total, Units a, Units b) { return Base::multiply_add_floats(a, b, total); }
+};
+
+// Sizes for a call, and the pieces of a thread's scratch.
+template <class V>
+struct LinearWork {
+  static constexpr int64_t panel = V::columns * V::lanes;
+  int64_t blocks, steps, block_steps;  // along K: blocks of block_steps, the last one shorter
+  typename V::Element* x;              // [tile.rows][block_steps units]
+  float* sums;                         // [tile.rows][tile.columns]
+  size_t bytes;
+
+  LinearWork(const LinearParams& p, LinearTile tile, void* scratch) {
+    steps = (p.k + V::group - 1) / V::group;
+    blocks = steps > most_steps ? (steps + most_steps - 1) / most_steps : 1;
+    block_steps = (steps + blocks - 1) / blocks;
+    const int64_t x_bytes = (tile.rows * block_steps * 4 + 63) / 64 * 64;
+    x = static_cast<typename V::Element*>(scratch);
+    sums = reinterpret_cast<float*>(static_cast<char*>(scratch) + x_bytes);
+    bytes = static_cast<size_t>(x_bytes + tile.rows * tile.columns * 4);
+  }
+};
+
+// GELU in its tanh form, x / (1 + e^-2u) with u = √(2/π)·(x + 0.044715·x³), of which the exponential that is not above
+// 1 is taken. -inf becomes NaN, as defined.
+template <class V>
+DSA_RT_INLINE typename V::Vec gelu(typename V::Vec x) {
+  const auto zero = V::all(0.0f);
+  const auto t = x * V::multiply_add_floats(V::all(0.10294324f), x * x, V::all(2.3022082f));  // 2u·log2(e)
+  const auto power = V::exp2(-V::max(t, -t));
+  return (V::max(x, zero) - V::max(-x, zero) * power) / (V::all(1.0f) + power);
+}
+
+// Columns [first, first + count) of a row of out from their sums.
+template <class V, class T>
+DSA_RT_INLINE void finish(const LinearParams& p, T* out, const float* sums, int64_t first, int64_t count) {
+  for_blocks(count, [&](int64_t i, auto block) {
+    Lanes value = load(sums + i, block);
+    if (p.bias) value = value + load(p.bias + first + i, block);
+    if (p.gelu) value = each_part([&](int j) { return (Floats)gelu<V>((typename V::Vec)value.part[j]); });
+    store(out + first + i, value, block);
+  });
+}
+
+// sums[row][column] (+)= x·W for up to block_rows rows and one panel, over `steps` steps.
+template <class V, int rows = block_rows, int columns = V::columns>
+void add_block(float* sums, int64_t sum_step, const typename V::Element* x, int64_t x_step,
+               const typename V::Panel* panel, int64_t steps, bool add, int64_t wanted_rows, int64_t wanted_columns) {
+  if constexpr (rows > 1)
+    if (wanted_rows < rows)
+      return add_block<V, rows - 1, columns>(sums, sum_step, x, x_step, panel, steps, add, wanted_rows, wanted_columns);
+  if constexpr (columns > 1)
+    if (wanted_columns < columns)
+      return add_block<V, rows, columns - 1>(sums, sum_step, x, x_step, panel, steps, add, wanted_rows, wanted_columns);
+  typename V::Vec total[rows][columns] = {};
+  if (add)
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < columns; ++c) total[r][c] = V::load(sums + r * sum_step + c * V::lanes);
+  multiply<V>(total, x, x_step, panel, steps);
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < columns; ++c) V::store(sums + r * sum_step + c * V::lanes, total[r][c]);
+}
+
+// `count` elements of a row of x from `first` on, rounded to the type of the weights, in whole units.
+template <class V, class T>
+void pack_row(typename V::Element* to, const T* x, int64_t count) {
+  for_blocks(count, [&](int64_t i, auto block) {
+    store(to + i, rounded<typename V::Weight>(load(x + i, block)), block);
+  });
+  for (int64_t i = count; i % V::group; ++i) store(to + i, 0.0f);
+}
+
+// Rows [first_row, first_row + rows) of batch·active, columns [first_column, first_column + columns).
+template <class V, class X>
+void run_tile(const LinearParams& p, const LinearWork<V>& w, int64_t first_row, int64_t rows, int64_t first_column,
+              int64_t columns) {
+  using Element = typename V::Element;
+  const auto x_row = [&](int64_t r) {
+    return row_of<const X>(p.x, (first_row + r) / p.active, (first_row + r) % p.active);
+  };
+  // Rows that are as the kernel reads them stay where they are.
+  bool in_place = std::is_same_v<X, Element> && std::is_same_v<X, typename V::Weight> && p.k % V::group == 0;
+  in_place = in_place && (p.batch == 1 || p.x.batch_stride == p.active * p.x.row_stride);
+  const int64_t padded = (columns + V::lanes - 1) / V::lanes * V::lanes, sum_step = padded;
+  const auto* panels = static_cast<const typename V::Panel*>(p.weight) + first_column * w.steps;
+  for (int64_t b = 0; b < w.blocks; ++b) {
+    const int64_t first = b * w.block_steps, steps = least(w.block_steps, w.steps - first);
+    const Element* x = w.x;
+    int64_t x_step = w.block_steps * V::group;
+    if (in_place) {
+      x = reinterpret_cast<const Element*>(x_row(0)) + first * V::group;
+      x_step = p.x.row_stride;
+    } else {
+      const int64_t from = first * V::group, count = least(steps * V::group, p.k - from);
+      for (int64_t r = 0; r < rows; ++r) pack_row<V>(w.x + r * x_step, x_row(r) + from, count);
+    }
+    for (int64_t r = 0; r < rows; r += block_rows) {
+      const int64_t some = least(block_rows, rows - r);
+      float* sums = w.blocks > 1 ? w.sums + r * sum_step : w.sums;
+      for (int64_t c = 0; c < padded; c += w.panel) {
+        const int64_t width = least(w.panel, padded - c);
+        add_block<V>(sums + c, sum_step, x + r * x_step, x_step, panels + c * w.steps + first * width, steps, b > 0,
+                     some, width / V::lanes);
+      }
+      if (b + 1 < w.blocks) continue;
+      for (int64_t i = 0; i < some; ++i)
+        with_type(p.out.element, [&](auto type) {
+          const int64_t row = first_row + r + i;
+          finish<V>(p, row_of<decltype(type)>(p.out, row / p.active, row % p.active), sums + i * sum_step, first_column,
+                    columns);
+        });
+    }
+  }
+}
+
+template <class V>
+void run_tiles(const LinearParams& p, LinearTile tile, void* scratch, int64_t begin, int64_t end) {
+  const LinearWork<V> work(p, tile, scratch);
+  const int64_t all_rows = p.batch * p.active, row_tiles = (all_rows + tile.rows - 1) / tile.rows;
+  with_type(p.x.element, [&](auto type) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i % row_tiles * tile.rows, column = i / row_tiles * tile.columns;
+      run_tile<V, decltype(type)>(p, work, row, least(tile.rows, all_rows - row), column,
+                                  least(tile.columns, p.n - column));
+    }
+  });
+}
+
+template <class V>
+size_t linear_scratch(const LinearParams& p, LinearTile tile) {
+  return LinearWork<V>(p, tile, nullptr).bytes;
+}
+
+template <class V>
+constexpr LinearKernel linear_kernel(const char* name) {
+  return {{name, V::columns * V::lanes, V::lanes, V::group}, linear_scratch<V>, run_tiles<V>};
+}
+
+}  // namespace
+}  // namespace dsa_rt::cpu

@@ -1,0 +1,22 @@
+// Rows of tensors whose element type is known at run time. Internal linkage: see philox.h.
+#pragma once
+
+#include "../step.h"
+#include "bfloat16.h"
+
+namespace dsa_rt::cpu {
+namespace {
+
+template <class T>
+T* row_of(const Rows& rows, int64_t batch, int64_t row) {
+  return static_cast<T*>(rows.data) + batch * rows.batch_stride + row * rows.row_stride;
+}
+
+// Calls body(an element of that type).
+template <class Body>
+void with_type(Element element, Body body) {
+  element == Element::float32 ? body(float{}) : body(BFloat16{});
+}
+
+}  // namespace
+}  // namespace dsa_rt::cpu
