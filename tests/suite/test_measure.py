@@ -56,7 +56,7 @@ def test_figures_are_those_of_the_runs(result: dict[str, Any]) -> None:
 
 
 def test_runs_are_of_the_same_clip_and_say_what_was_computed(result: dict[str, Any]) -> None:
-    expected = {"dense": (15, 1.0), "refined": (12, 0.75), "many": (20, 0.5), "batch": (12, 0.25)}
+    expected = {"dense": (14, 1.0), "refined": (11, 0.75), "many": (20, 0.5), "batch": (10, 0.25)}
     for case in result["cases"]:
         for run in case["runs"]:
             share = run["active_token_share"]
