@@ -149,12 +149,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parse.add_argument(
         "--samples", type=common.positive, default=15, help="samples of about 10 ms for each figure"
     )
-    parse.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES), help="shapes by name")
-    parse.add_argument("--layers", nargs="*", choices=LAYERS, default=list(LAYERS), help="transformer shapes by name")
-    parse.add_argument(
-        "--attention", nargs="*", choices=ATTENTION, default=list(ATTENTION), help="attention shapes by name"
-    )
+    kinds_of_shapes = {"shapes": SHAPES, "layers": LAYERS, "attention": ATTENTION}
+    for kind, known in kinds_of_shapes.items():
+        parse.add_argument(f"--{kind}", nargs="*", choices=known, help=f"shapes by name; none: all {len(known)}; given "
+                           "one of --shapes, --layers and --attention, the others are left out")  # fmt: skip
     options = parse.parse_args(arguments)
+    everything = all(getattr(options, kind) is None for kind in kinds_of_shapes)
+    for kind, known in kinds_of_shapes.items():
+        named = getattr(options, kind)
+        setattr(options, kind, named or (list(known) if everything or named == [] else []))
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     result = common.fingerprint(

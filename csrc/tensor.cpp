@@ -326,9 +326,16 @@ void Signature::check_contiguous(const TensorView& view) const {
   }
 }
 
+bool increasing(const int64_t* rows, int64_t count, int64_t total) {
+  for (int64_t i = 1; i < count; ++i)
+    if (rows[i] <= rows[i - 1]) return false;
+  return !count || (rows[0] >= 0 && rows[count - 1] < total);
+}
+
 void Signature::check_rows(const TensorView& rows, int64_t total, bool distinct) const {
   const auto* row = rows.as<int64_t>();
   const auto at = [&](int64_t i) { return std::string(rows.name) + "[" + std::to_string(i) + "]"; };
+  if (increasing(row, rows.shape[0], total)) return;
   unsigned char* taken = nullptr;  // a mark for each row
   if (distinct && rows.shape[0]) {
     taken = static_cast<unsigned char*>(thread_scratch(static_cast<size_t>(total)));

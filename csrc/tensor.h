@@ -79,6 +79,9 @@ struct DtypeRule {
   std::vector<Dtype> allowed;
 };
 
+// Whether `count` numbers are rows of `total` in ascending order, so each once.
+bool increasing(const int64_t* rows, int64_t count, int64_t total);
+
 class Signature {
  public:
   explicit Signature(const char* op) : op_(op) {}

@@ -26,6 +26,7 @@ from dsa_rt.arena import Arena
 from dsa_rt.cache import Ring, TextKV
 from dsa_rt.models.confidence import ConfidenceHead
 from dsa_rt.models.wan import Output, WanModel
+from dsa_rt.ops import step as ops
 from dsa_rt.plan import ActiveSet, TokenGrid, frame_tokens, rope_axes, rope_table
 from dsa_rt.recording import Recorded, record
 from dsa_rt.schedule import TRAIN_TIMESTEPS
@@ -160,7 +161,10 @@ class Engine:
         self.chunk_tokens = sizes.chunk * tokens
         self.arena = Arena(device)
         self.passes: dict[tuple[object, ...], tuple[Recorded, list[Output]]] = {}
+        self.judgements: dict[tuple[object, ...], Recorded] = {}
         self._record = recorder
+        self._confidence, self._one = torch.zeros(1, device=device), torch.ones(1, device=device)
+        self._refine = torch.zeros(1, dtype=torch.bool, device=device)
         count = sizes.lanes * 2 * self.chunk_tokens
         self.rows = torch.zeros(1, count, config.patch_dim, device=device)
         self.tokens = torch.zeros(count, dtype=torch.int64, device=device)
@@ -221,9 +225,6 @@ class Engine:
             cycle = 1 if self.device.type == "cpu" else min(chunks, self.sizes.places + around)
             for chunk in range(cycle):
                 self._visit([lane], chunk, taps)
-        if judged and self.head is not None:
-            out = self.run([Piece(lanes[0], 0, 0)], taps=True)[0]
-            self.head(out.taps, self.arena)
         for lane in lanes:
             lane.open(0)
         self.arena.allocations = 0
@@ -237,12 +238,12 @@ class Engine:
         old, new = ([Piece(lane, (chunk + n) % 2, 0) for lane in lanes] for n in (0, 1))
         together = all(lane.together((chunk + 1) % 2) for lane in lanes)
         for with_taps in taps:
-            if together:
-                self.run([*old, *new], taps=with_taps)
-                for less in range(1, len(lanes)):  # some are at a first pass
-                    self.run([*old, *new[less:]], taps=with_taps)
-            self.run(old, taps=with_taps)
-            self.run(new, taps=with_taps)
+            # Together: chunks at their first pass; some of them: the others are further. Alone: each side.
+            some = [[*old, *new[less:]] for less in range(len(lanes))] if together else []
+            for pieces in (*some, old, new):
+                for out in self.run(pieces, taps=with_taps):
+                    if with_taps:
+                        self.judge(out.taps)
 
     @torch.no_grad()
     def run(self, pieces: Sequence[Piece], *, taps: bool = False) -> list[Output]:
@@ -261,6 +262,30 @@ class Engine:
             results.append(_rows(out, begin, begin + len(span)))
             begin += len(span)
         return results
+
+    @torch.no_grad()
+    def judge(self, taps: Sequence[Tensor]) -> float:
+        """The head's confidence, from what :meth:`run` gave for one piece. The one place where the host waits for the
+        device within a chunk."""
+        assert self.head is not None
+        where = ("judge", *(tap.data_ptr() for tap in taps), taps[0].shape[1])
+        if where in self.judgements:
+            self.judgements[where].replay()
+        else:
+            judge = self._judge(taps)
+            judge()  # makes the buffers that are still missing
+            self.judgements[where] = self._record(self.device, judge)
+        return float(self._confidence[0])
+
+    def _judge(self, taps: Sequence[Tensor]) -> Callable[[], None]:
+        head, arena, confidence, refine, one = self.head, self.arena, self._confidence, self._refine, self._one
+        assert head is not None
+
+        def judge() -> None:
+            # Which threshold applies is the decider's business; the op serves the sigmoid.
+            ops.exit_decision(refine, confidence, head.judge(taps, arena), one)
+
+        return judge
 
     def _set_level(self, piece: Piece) -> None:
         level = piece.level % (len(self.sizes.levels) + 1)

@@ -38,7 +38,7 @@ struct CachedStepParams {
   float* score;  // [batch, active] with score_stride between batches, or null
   int64_t score_stride;
   const int64_t* fresh_rows;   // [active]: the row of each fresh one
-  const int32_t* fresh_index;  // its inverse over [rows], -1 where a row is not fresh; CPU only
+  const int32_t* fresh_order;  // [active]: its indices in the order of rows, null where they are in order; CPU only
   int64_t batch, rows, active, width;
   float delta_sigma;
 };

@@ -226,7 +226,7 @@ class ScriptedHead(nn.Module):
         self.config = ConfidenceConfig(48, 2, 8, (0, 1))
         self.confidences, self.calls = list(confidences), 0
 
-    def forward(self, taps: list[Tensor], arena: object = None) -> Tensor:
+    def judge(self, taps: list[Tensor], arena: object) -> Tensor:
         assert len(taps) == 2 and all(tap.shape == (1, 18, 48) for tap in taps)
         confidence = torch.tensor([self.confidences[self.calls % len(self.confidences)]], dtype=torch.float64)
         self.calls += 1

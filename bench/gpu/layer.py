@@ -106,7 +106,7 @@ class Setting:
         def linears() -> None:
             for layer in square:
                 layer(x)
-            ops.linear(wide, x, gelu=True)
+            ops.linear(wide, x, activation="gelu")
             narrow(hidden)
 
         def norm() -> object:

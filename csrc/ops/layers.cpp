@@ -21,6 +21,9 @@ const cpu::LayerKernels& cpu_kernels(const std::string& instruction_set) {
   switch (choose_instruction_set(instruction_set)) {
 #if defined(DSA_RT_X86)
     case InstructionSet::avx512_bf16:
+#if defined(DSA_RT_AVX512_BF16)
+      return cpu::layers_avx512_bf16;
+#endif
     case InstructionSet::avx512: return cpu::layers_avx512;
     case InstructionSet::avx2: return cpu::layers_avx2;
 #endif

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <iterator>
 #include <new>
 
 #include "../cpu_features.h"
@@ -65,8 +66,10 @@ class Linear {
       for (const TensorView* view : {&o, &from})
         if (view->dtype != Dtype::float32)
           op_.fail(std::string(view->name) + " has dtype torch.bfloat16, expected float32 as weight");
-    if (activation != "none" && activation != "gelu")
-      op_.fail_option("activation is '" + activation + "', expected 'none' or 'gelu'");
+    const char* const activations[] = {"none", "gelu", "gelu_erf", "silu"};
+    const auto known = std::find(std::begin(activations), std::end(activations), activation);
+    if (known == std::end(activations))
+      op_.fail_option("activation is '" + activation + "', expected 'none', 'gelu', 'gelu_erf' or 'silu'");
     op_.check_overlap();
     element_ = element_of(packed);
     check_elements(packed.shape[0], op_.size("N"), op_.size("K"));
@@ -74,7 +77,7 @@ class Linear {
                {from.data, from.stride[0], from.stride[1], element_of(from)},
                packed.data,
                added ? added->as<float>() : nullptr,
-               activation == "gelu",
+               static_cast<cpu::Activation>(known - activations),
                op_.size("B"),
                op_.size("A"),
                op_.size("N"),

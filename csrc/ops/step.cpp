@@ -20,6 +20,9 @@ const cpu::StepKernels& cpu_kernels(const std::string& instruction_set) {
   switch (choose_instruction_set(instruction_set)) {
 #if defined(DSA_RT_X86)
     case InstructionSet::avx512_bf16:
+#if defined(DSA_RT_AVX512_BF16)
+      return cpu::step_avx512_bf16;
+#endif
     case InstructionSet::avx512: return cpu::step_avx512;
     case InstructionSet::avx2: return cpu::step_avx2;
 #endif
@@ -133,7 +136,7 @@ class CachedStep {
                score_view ? score_view->as<float>() : nullptr,
                score_view ? score_view->stride[0] : 0,
                rows_,
-               fresh_index_.data(),
+               nullptr,
                op_.size("B"),
                op_.size("N"),
                op_.size("A"),
@@ -142,33 +145,38 @@ class CachedStep {
   }
 
   void run(const Launch& launch) {
-    if (op_.device().kind == DeviceKind::cpu)
+    if (op_.device().kind == DeviceKind::cpu) {
+      params_.fresh_order = fresh_order_.empty() ? nullptr : fresh_order_.data();
       return run_rows(cpu_kernels(launch.instruction_set).cached_step, params_, copy_grain, launch.threads);
+    }
 #if defined(DSA_RT_CUDA)
     if (op_.device().kind == DeviceKind::cuda) return cuda::cached_step(params_, launch.stream);
 #endif
     no_kernel(op_);
   }
 
-  // The inverse of the rows, made before anything is written: one out of range or twice leaves all as it was.
+  // The order of the rows, made before anything is written: one out of range or twice leaves all as it was.
   void read_host() {
     if (op_.device().kind != DeviceKind::cpu) return;
     const int64_t total = op_.size("N"), active = op_.size("A");
     if (total > INT32_MAX) op_.fail("x has " + std::to_string(total) + " rows, expected fewer than 2^31");
-    fresh_index_.assign(static_cast<size_t>(total), -1);
+    fresh_order_.clear();
+    if (increasing(rows_, active, total)) return;
+    fresh_order_.assign(static_cast<size_t>(total), -1);  // first the inverse, -1 where a row is not fresh
     for (int64_t i = 0; i < active; ++i) {
       const auto at = [&] { return "rows[" + std::to_string(i) + "] is " + std::to_string(rows_[i]); };
       if (rows_[i] < 0 || rows_[i] >= total) op_.fail(at() + ", expected 0 to " + std::to_string(total - 1));
-      int32_t& index = fresh_index_[static_cast<size_t>(rows_[i])];
+      int32_t& index = fresh_order_[static_cast<size_t>(rows_[i])];
       if (index >= 0) op_.fail(at() + " like rows[" + std::to_string(index) + "], expected distinct rows");
       index = static_cast<int32_t>(i);
     }
+    fresh_order_.erase(std::remove(fresh_order_.begin(), fresh_order_.end(), -1), fresh_order_.end());
   }
 
  private:
   Signature op_;
   const int64_t* rows_ = nullptr;
-  std::vector<int32_t> fresh_index_;
+  std::vector<int32_t> fresh_order_;  // empty where the rows are in order
   CachedStepParams params_;
 };
 

@@ -234,7 +234,7 @@ class FeedForward(nn.Sequential):
 
     def forward(self, x: Tensor, room: Room) -> Tensor:  # type: ignore[override]  # takes where to work, too
         first, last = cast(nn.Linear, self[0]), cast(nn.Linear, self[2])
-        hidden = ops.linear(first, x, gelu=True, out=room("wide", first.out_features))
+        hidden = ops.linear(first, x, activation="gelu", out=room("wide", first.out_features))
         return ops.linear(last, hidden, out=room("y", x.shape[-1]))
 
 

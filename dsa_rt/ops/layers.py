@@ -138,32 +138,35 @@ def _framework_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def confidence_pool(query: Tensor, keys: Tensor, key_weight: Tensor, tokens: Tensor, eps: float) -> Tensor:
+def confidence_pool(
+    query: Tensor, keys: Tensor, key_weight: Tensor, tokens: Tensor, eps: float, *, out: Tensor | None = None
+) -> Tensor:
     """One query over all tokens, [B, H, C] fp32; see :func:`dsa_rt.ops.pool.confidence_pool`."""
     if not _has_kernel("confidence_pool", tokens, keys, others=(query, key_weight)):
-        return reference.confidence_pool(query, keys, key_weight, tokens, eps)
-    out = torch.empty((len(tokens), len(query), tokens.shape[2]), device=tokens.device)
+        return _given(out, reference.confidence_pool(query, keys, key_weight, tokens, eps))
+    out = torch.empty((len(tokens), len(query), tokens.shape[2]), device=tokens.device) if out is None else out
     pool.confidence_pool(out, query.float().contiguous(), keys, key_weight, tokens, eps)
     return out
 
 
-def linear(layer: nn.Linear, x: Tensor, *, gelu: bool = False, out: Tensor | None = None) -> Tensor:
-    """The layer over the last dimension, then, if ``gelu``, GELU in its tanh form. x is rounded to the dtype of the
-    weights. With weights that :func:`pack` has packed it runs as :func:`dsa_rt.ops.linear.linear`."""
+def linear(layer: nn.Linear, x: Tensor, *, activation: str = "none", out: Tensor | None = None) -> Tensor:
+    """The layer over the last dimension, then an activation: "none", "gelu" (its tanh form), "gelu_erf" or "silu". x is
+    rounded to the dtype of the weights. With weights that :func:`pack` has packed it runs as
+    :func:`dsa_rt.ops.linear.linear`."""
     packed: matmul.PackedLinear | None = getattr(layer, "packed", None)
     if packed is not None and not wants_gradient(x):
         if out is None:
             out = torch.empty((*x.shape[:-1], packed.n), dtype=packed.weight.dtype, device=x.device)
-        matmul.linear(out, x, packed, "gelu" if gelu else "none")
+        matmul.linear(out, x, packed, activation)
         return out
     weight, bias = layer.weight, layer.bias
+    framework_gelu = activation == "gelu" and x.is_cuda and not wants_gradient(x, weight, bias)
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         x = x.to(weight.dtype)
-    if gelu and x.is_cuda and x.dtype == weight.dtype == bias.dtype and not wants_gradient(x, weight, bias):
+    if framework_gelu and x.dtype == weight.dtype == bias.dtype:
         hidden = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
         return _given(out, hidden.unflatten(0, x.shape[:-1]))
-    hidden = F.linear(x, weight, bias)
-    return _given(out, F.gelu(hidden, approximate="tanh") if gelu else hidden)
+    return _given(out, reference.activate(F.linear(x, weight, bias), activation))
 
 
 def pack(layer: nn.Linear, of: Sequence[nn.Linear] = ()) -> bool:

@@ -125,7 +125,7 @@ def _check(weights: list[Tensor], biases: list[Tensor | None]) -> None:
 def linear(
     out: Tensor, x: Tensor, weight: PackedLinear, activation: str = "none", *, backend: str | None = None
 ) -> None:
-    """``out = act(x Wᵀ + bias)``, activation "none" or "gelu" (its tanh form).
+    """``out = act(x Wᵀ + bias)``, activation "none", "gelu" (its tanh form), "gelu_erf" or "silu".
 
     x [B, A, K] fp32 or of the weights' dtype; out [B, A, N] likewise; fp32 or bf16 weights; the last dimension
     contiguous, other strides free (columns of a wider buffer are fine). fp32 rows that meet bf16 weights are rounded to

@@ -56,9 +56,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
     """``act(x Wᵀ + bias)`` in fp32, unrounded: x [..., K], rounded to the dtype of ``weight`` [N, K] first; bias [N] or
-    None; activation "none" or "gelu", in its tanh form."""
+    None; activation "none", "gelu" (its tanh form), "gelu_erf" or "silu"."""
     y = F.linear(x.to(weight.dtype).float(), weight.float(), None if bias is None else bias.float())
-    return F.gelu(y, approximate="tanh") if activation == "gelu" else y
+    return activate(y, activation)
+
+
+def activate(y: Tensor, activation: str) -> Tensor:
+    """The activation of :func:`linear`."""
+    if activation == "none":
+        return y
+    if activation == "silu":
+        return F.silu(y)
+    return F.gelu(y, approximate={"gelu": "tanh", "gelu_erf": "none"}[activation])
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

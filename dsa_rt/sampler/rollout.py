@@ -101,7 +101,7 @@ class Rollout:
             self._times.append((began, self._clock.mark(), 1.0))
             return None
         out, done = results[-1], self._passes + 1
-        confidence = self._confidence(out.taps) if self.judged else None
+        confidence = self.lane.engine.judge(out.taps) if self.judged else None
         again = self.decider.another_pass(self.index, done, confidence)
         self._threshold = self.decider.threshold if self._threshold is None else self._threshold
         self._confidences.append(confidence)
@@ -154,14 +154,6 @@ class Rollout:
         if self._owed:
             self._owed = False
             self._news.append(self.index - 1)
-
-    def _confidence(self, taps: list[Tensor]) -> float:
-        assert self._head is not None
-        logit = self._head(taps, self.lane.engine.arena)
-        # Which threshold applies is the decider's business; the op serves the sigmoid.
-        confidence, refine = torch.empty_like(logit), torch.empty(logit.shape, dtype=torch.bool, device=logit.device)
-        ops.exit_decision(refine, confidence, logit, torch.ones_like(logit))
-        return float(confidence[0])
 
 
 def _milliseconds(clock: Clock, times: Sequence[tuple[Any, Any, float]]) -> tuple[float, float]:

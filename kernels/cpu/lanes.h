@@ -28,26 +28,24 @@ typedef int32_t Ints __attribute__((vector_size(vector_bytes)));
 typedef uint32_t Words __attribute__((vector_size(vector_bytes)));
 typedef uint16_t Halves __attribute__((vector_size(vector_bytes / 2)));
 
+#if !defined(__AVX512F__)
 // Halves to words and back; GCC 12 makes several instructions of __builtin_convertvector where there is one.
 DSA_RT_INLINE Words widen(Halves halves) {
-#if defined(__AVX512F__)
-  return (Words)_mm512_cvtepu16_epi32((__m256i)halves);
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
   return (Words)_mm256_cvtepu16_epi32((__m128i)halves);
 #else
   return __builtin_convertvector(halves, Words);
 #endif
 }
 DSA_RT_INLINE Halves narrow(Words words) {  // below 2^16
-#if defined(__AVX512F__)
-  return (Halves)_mm512_cvtepi32_epi16((__m512i)words);
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
   const __m256i packed = _mm256_packus_epi32((__m256i)words, (__m256i)words);
   return (Halves)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
 #else
   return __builtin_convertvector(words, Halves);
 #endif
 }
+#endif
 
 struct Lanes {
   static constexpr int count = 32, parts = count / vector_floats;
@@ -83,18 +81,44 @@ DSA_RT_INLINE Lanes larger(const Lanes& a, const Lanes& b) {
   return each_part([&](int i) { return a.part[i] > b.part[i] ? a.part[i] : b.part[i]; });
 }
 
-// Members of each pair (2i, 2i + 1) change places.
-template <int... lane>
-DSA_RT_INLINE Floats swap_pairs(Floats a, std::integer_sequence<int, lane...>) {
+DSA_RT_INLINE Lanes absolute(const Lanes& a) {
+  return each_part([&](int i) { return (Floats)((Words)a.part[i] & 0x7FFFFFFFu); });
+}
+
+// Lanes `apart` from each other, a power of two, change places.
+template <int apart, int... lane>
+DSA_RT_INLINE Floats exchange(Floats a, std::integer_sequence<int, lane...>) {
 #if defined(__clang__)
-  return __builtin_shufflevector(a, a, (lane ^ 1)...);
+  return __builtin_shufflevector(a, a, (lane ^ apart)...);
 #else
-  return __builtin_shuffle(a, Ints{(lane ^ 1)...});
+  return __builtin_shuffle(a, Ints{(lane ^ apart)...});
 #endif
 }
-DSA_RT_INLINE Lanes swap_pairs(const Lanes& a) {
-  return each_part([&](int i) { return swap_pairs(a.part[i], std::make_integer_sequence<int, vector_floats>{}); });
+template <int apart>
+DSA_RT_INLINE Floats exchange(Floats a) {
+  return exchange<apart>(a, std::make_integer_sequence<int, vector_floats>{});
 }
+// Members of each pair (2i, 2i + 1) change places.
+DSA_RT_INLINE Lanes swap_pairs(const Lanes& a) {
+  return each_part([&](int i) { return exchange<1>(a.part[i]); });
+}
+
+#if defined(__AVX512F__)
+// One instruction for each vector, where widening and shifting are two: words `first`... of the 32 halves, each in the
+// upper half of its word; and back, the upper halves of the words of two vectors.
+typedef uint16_t Halves32 __attribute__((vector_size(64)));
+template <int first, int... half>
+DSA_RT_INLINE Floats upper_halves(__m512i halves, std::integer_sequence<int, half...>) {
+  const Halves32 source = {(uint16_t)(first + half / 2)...};
+  return (Floats)_mm512_maskz_permutexvar_epi16(0xAAAAAAAAu, (__m512i)source, halves);
+}
+template <int... half>
+DSA_RT_INLINE __m512i pack_upper_halves(Words low, Words high, std::integer_sequence<int, half...>) {
+  const Halves32 source = {(uint16_t)(2 * half + 1)...};
+  return _mm512_permutex2var_epi16((__m512i)low, (__m512i)source, (__m512i)high);
+}
+constexpr std::make_integer_sequence<int, 32> all_halves;
+#endif
 
 // How many elements of a block of 32 exist: all, or the first few at the end of a row.
 struct Whole {};
@@ -110,11 +134,16 @@ DSA_RT_INLINE Lanes load(const float* p, Whole) {
   });
 }
 DSA_RT_INLINE Lanes load(const BFloat16* p, Whole) {
+#if defined(__AVX512F__)
+  const __m512i halves = _mm512_loadu_si512(p);
+  return {{upper_halves<0>(halves, all_halves), upper_halves<16>(halves, all_halves)}};
+#else
   return each_part([&](int i) {
     Halves halves;
     memcpy(&halves, p + i * vector_floats, sizeof halves);
     return (Floats)(widen(halves) << 16);
   });
+#endif
 }
 // Lanes that do not exist get `missing`.
 template <class T>
@@ -128,20 +157,35 @@ inline Lanes load(const T* p, Some block, float missing = 0.0f) {
   return load(values, Whole{});
 }
 
-// fp32 bits of the nearest bf16, to even; any NaN becomes the canonical one.
+// Words whose upper halves are the nearest bf16, to even; any NaN becomes the canonical one. The lower halves are left
+// over.
 DSA_RT_INLINE Words bfloat16_words(Floats value) {
   const Words words = (Words)value;
-  const Words nearest = (words + 0x7FFFu + ((words >> 16) & 1u)) & 0xFFFF0000u;
+  const Words nearest = words + 0x7FFFu + ((words >> 16) & 1u);
   return value != value ? Words{} + 0x7FC00000u : nearest;
 }
+
+#if defined(__AVX512BF16__)
+// Thirty-two bf16 by one instruction, false where a number is one that it treats otherwise: it takes a subnormal number
+// for 0 and keeps the bits of a NaN.
+DSA_RT_INLINE bool convert(const Lanes& value, __m512i* halves) {
+  constexpr int quiet_nan = 0x01, subnormal = 0x20, signalling_nan = 0x80, kinds = quiet_nan | subnormal | signalling_nan;
+  const __m512 low = (__m512)value.part[0], high = (__m512)value.part[1];
+  const __mmask16 other = _mm512_fpclass_ps_mask(low, kinds) | _mm512_fpclass_ps_mask(high, kinds);
+  *halves = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  return __builtin_expect(!other, 1);
+}
+#endif
 
 // The value as an element of type T holds it.
 template <class T>
 DSA_RT_INLINE Lanes rounded(const Lanes& value) {
-  if constexpr (sizeof(T) == 4)
-    return value;
-  else
-    return each_part([&](int i) { return (Floats)bfloat16_words(value.part[i]); });
+  if constexpr (sizeof(T) == 4) return value;
+#if defined(__AVX512BF16__)
+  __m512i halves;
+  if (convert(value, &halves)) return {{upper_halves<0>(halves, all_halves), upper_halves<16>(halves, all_halves)}};
+#endif
+  return each_part([&](int i) { return (Floats)(bfloat16_words(value.part[i]) & 0xFFFF0000u); });
 }
 
 DSA_RT_INLINE void store(float* p, const Lanes& value, Whole) {
@@ -151,14 +195,22 @@ DSA_RT_INLINE void store(float* p, const Lanes& value, Whole) {
 // Values that are as an element holds them already.
 DSA_RT_INLINE void store_rounded(float* p, const Lanes& value, Whole) { store(p, value, Whole{}); }
 DSA_RT_INLINE void store_rounded(BFloat16* p, const Lanes& value, Whole) {
+#if defined(__AVX512F__)
+  _mm512_storeu_si512(p, pack_upper_halves((Words)value.part[0], (Words)value.part[1], all_halves));
+#else
 #pragma GCC unroll 8
   for (int i = 0; i < Lanes::parts; ++i) {
     const Halves halves = narrow((Words)value.part[i] >> 16);
     memcpy(p + i * vector_floats, &halves, sizeof halves);
   }
+#endif
 }
 DSA_RT_INLINE void store(BFloat16* p, const Lanes& value, Whole) {
-  store_rounded(p, rounded<BFloat16>(value), Whole{});
+#if defined(__AVX512BF16__)
+  __m512i halves;
+  if (convert(value, &halves)) return _mm512_storeu_si512(p, halves);
+#endif
+  store_rounded(p, each_part([&](int i) { return (Floats)bfloat16_words(value.part[i]); }), Whole{});
 }
 template <class T>
 inline void store(T* p, const Lanes& value, Some block) {
@@ -167,9 +219,11 @@ inline void store(T* p, const Lanes& value, Some block) {
   for (int64_t l = 0; l < block.count; ++l) store(p + l, values[l]);
 }
 
-template <class T>
-inline void store_rounded(T* p, const Lanes& value, Some block) {
-  store(p, value, block);
+inline void store_rounded(float* p, const Lanes& value, Some block) { store(p, value, block); }
+inline void store_rounded(BFloat16* p, const Lanes& value, Some block) {
+  BFloat16 values[Lanes::count];
+  store_rounded(values, value, Whole{});
+  for (int64_t l = 0; l < block.count; ++l) p[l] = values[l];
 }
 
 // Calls body(first element, Whole or Some) for the blocks of a row.
@@ -187,12 +241,11 @@ DSA_RT_INLINE float sum(const Lanes& value) {
   for (int apart = 16; apart >= vector_floats; apart /= 2)
 #pragma GCC unroll 8
     for (int i = 0; i < apart / vector_floats; ++i) s.part[i] = s.part[i] + s.part[i + apart / vector_floats];
-  float left[vector_floats];
-  memcpy(left, &s.part[0], sizeof left);
-#pragma GCC unroll 4
-  for (int apart = vector_floats / 2; apart; apart /= 2)
-#pragma GCC unroll 8
-    for (int l = 0; l < apart; ++l) left[l] += left[l + apart];
+  Floats left = s.part[0];
+  if constexpr (vector_floats > 8) left = left + exchange<8>(left);
+  if constexpr (vector_floats > 4) left = left + exchange<4>(left);
+  left = left + exchange<2>(left);
+  left = left + exchange<1>(left);
   return left[0];
 }
 

@@ -27,6 +27,9 @@ extern const LayerKernels layers_generic;
 #if defined(DSA_RT_X86)
 extern const LayerKernels layers_avx2;
 extern const LayerKernels layers_avx512;
+#if defined(DSA_RT_AVX512_BF16)
+extern const LayerKernels layers_avx512_bf16;
+#endif
 #endif
 
 // On the flattened rows [begin, end) of batch·active; the C library's memcpy knows the processor.

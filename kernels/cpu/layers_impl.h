@@ -220,15 +220,16 @@ void pool_weights(const ConfidencePoolParams& p, float* scores, int64_t begin, i
   }
 }
 
-// out[head, channel] of `count` heads over the tokens [first, last) of a block of channels; the first tokens set it.
-template <int count, class T, class Block>
-DSA_RT_INLINE void add_tokens(float* out, int64_t width, const float* weights, int64_t active, const T* tokens,
-                              int64_t stride, int64_t first, int64_t last, Block block) {
+// out[head, channel] of `count` heads over the tokens [first, last), given as rows of 32 channels; the first tokens
+// set it.
+template <int count, class Block>
+DSA_RT_INLINE void add_tokens(float* out, int64_t width, const float* weights, int64_t active, const float* tokens,
+                              int64_t first, int64_t last, Block block) {
   Lanes total[count];
 #pragma GCC unroll 4
   for (int h = 0; h < count; ++h) total[h] = all(0.0f);
   for (int64_t a = first; a < last; ++a) {
-    const Lanes token = load(tokens + a * stride, block);
+    const Lanes token = load(tokens + (a - first) * Lanes::count, Whole{});
 #pragma GCC unroll 4
     for (int h = 0; h < count; ++h) total[h] = total[h] + all(weights[h * active + a]) * token;
   }
@@ -244,29 +245,38 @@ struct Count {
   static constexpr int value = n;
 };
 
-// Tokens are summed 128 at a time, then those sums: rounding errors grow with the length of a sum.
+// Tokens are summed 128 at a time, then those sums: rounding errors grow with the length of a sum. Their channels are
+// laid out in panels of 32 first: where they lie, a few KB apart, each takes a page, and they share few sets of L1.
 void pool_tokens(const ConfidencePoolParams& p, const float* weights, int64_t begin, int64_t end) {
-  constexpr int64_t together = 128;
+  constexpr int64_t together = 128, panel = together * Lanes::count;
   constexpr int group = vector_floats == 16 ? 4 : 2;  // heads whose sums fit the registers
   const int64_t width = p.heads * p.dim, pieces = pool_pieces(width);
+  alignas(64) float panels[pool_channels / Lanes::count * panel];
   with_type(p.tokens.element, [&](auto type) {
     using T = decltype(type);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t batch = i / pieces, start = i % pieces * pool_channels;
       const int64_t channels = width - start < pool_channels ? width - start : pool_channels;
-      const T* tokens = row_of<const T>(p.tokens, batch, 0) + start;
       float* out = p.out + batch * p.heads * width + start;
       for (int64_t first = 0; first < p.active; first += together) {
         const int64_t last = p.active - first < together ? p.active : first + together;
+        for (int64_t a = first; a < last; ++a) {
+          const T* token = row_of<const T>(p.tokens, batch, a) + start;
+          for_blocks(channels, [&](int64_t c, auto block) {
+            store(panels + c / Lanes::count * panel + (a - first) * Lanes::count, load(token + c, block), Whole{});
+          });
+        }
         for_blocks(channels, [&](int64_t c, auto block) {
           int64_t head = 0;
           const auto add = [&](auto heads) {
             add_tokens<heads.value>(out + head * width + c, width, weights + (batch * p.heads + head) * p.active,
-                                    p.active, tokens + c, p.tokens.row_stride, first, last, block);
+                                    p.active, panels + c / Lanes::count * panel, first, last, block);
             head += heads.value;
           };
           while (head + group <= p.heads) add(Count<group>{});
-          while (head < p.heads) add(Count<1>{});
+          if (p.heads - head == 3) add(Count<3>{});
+          if (p.heads - head == 2) add(Count<2>{});
+          if (p.heads - head == 1) add(Count<1>{});
         });
       }
     }

@@ -7,12 +7,14 @@
 
 namespace dsa_rt::cpu {
 
+enum class Activation { none, gelu, gelu_erf, silu };  // gelu: its tanh form
+
 // out = act(x·Wᵀ + bias), W [N, K] packed as LinearLayout says.
 struct LinearParams {
   Rows out, x;         // [B, A, N], [B, A, K]
   const void* weight;  // panels
   const float* bias;   // [N] or null
-  bool gelu;           // its tanh form
+  Activation activation;
   int64_t batch, active, n, k;
 };
 

@@ -67,14 +67,46 @@ struct LinearWork {
   }
 };
 
-// GELU in its tanh form, x / (1 + e^-2u) with u = √(2/π)·(x + 0.044715·x³), of which the exponential that is not above
-// 1 is taken. -inf becomes NaN, as defined.
+// x / (1 + 2^-t), t of the sign of x: of the two forms of the sigmoid the one whose power is not above 1.
 template <class V>
-DSA_RT_INLINE typename V::Vec gelu(typename V::Vec x) {
+DSA_RT_INLINE typename V::Vec gated(typename V::Vec x, typename V::Vec t) {
   const auto zero = V::all(0.0f);
-  const auto t = x * V::multiply_add_floats(V::all(0.10294324f), x * x, V::all(2.3022082f));  // 2u·log2(e)
   const auto power = V::exp2(-V::max(t, -t));
   return (V::max(x, zero) - V::max(-x, zero) * power) / (V::all(1.0f) + power);
+}
+
+// GELU in its tanh form, x / (1 + e^-2u) with u = √(2/π)·(x + 0.044715·x³). -inf becomes NaN, as defined.
+template <class V>
+DSA_RT_INLINE typename V::Vec gelu(typename V::Vec x) {
+  return gated<V>(x, x * V::multiply_add_floats(V::all(0.10294324f), x * x, V::all(2.3022082f)));  // 2u·log2(e)
+}
+
+template <class V>
+DSA_RT_INLINE typename V::Vec silu(typename V::Vec x) {
+  return gated<V>(x, x * V::all(1.4426950f));  // log2(e)
+}
+
+// GELU with the error function: max(x, 0) - |x|/2·erfc(|x|/√2), erfc by Abramowitz and Stegun 7.1.26 to 1.5e-7. What is
+// beyond 30 has a tail of 0.
+template <class V>
+DSA_RT_INLINE typename V::Vec gelu_erf(typename V::Vec x) {
+  const auto one = V::all(1.0f), size = -V::max(V::all(-30.0f), -V::max(x, -x));
+  const auto t = one / V::multiply_add_floats(size, V::all(0.23164190f), one);
+  auto sum = V::all(1.061405429f);
+  for (const float term : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f})
+    sum = V::multiply_add_floats(sum, t, V::all(term));
+  const auto power = V::exp2(size * size * V::all(-0.72134752f));  // e^(-x²/2)
+  return V::max(V::all(0.0f), x) - V::all(0.5f) * size * sum * t * power;  // NaN stays: it is the second of max
+}
+
+template <class V>
+DSA_RT_INLINE typename V::Vec activate(Activation activation, typename V::Vec x) {
+  switch (activation) {
+    case Activation::gelu: return gelu<V>(x);
+    case Activation::gelu_erf: return gelu_erf<V>(x);
+    case Activation::silu: return silu<V>(x);
+    default: return x;
+  }
 }
 
 // Columns [first, first + count) of a row of out from their sums.
@@ -83,7 +115,8 @@ DSA_RT_INLINE void finish(const LinearParams& p, T* out, const float* sums, int6
   for_blocks(count, [&](int64_t i, auto block) {
     Lanes value = load(sums + i, block);
     if (p.bias) value = value + load(p.bias + first + i, block);
-    if (p.gelu) value = each_part([&](int j) { return (Floats)gelu<V>((typename V::Vec)value.part[j]); });
+    if (p.activation != Activation::none)
+      value = each_part([&](int j) { return (Floats)activate<V>(p.activation, (typename V::Vec)value.part[j]); });
     store(out + first + i, value, block);
   });
 }

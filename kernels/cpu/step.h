@@ -17,6 +17,9 @@ extern const StepKernels step_generic;
 #if defined(DSA_RT_X86)
 extern const StepKernels step_avx2;
 extern const StepKernels step_avx512;
+#if defined(DSA_RT_AVX512_BF16)
+extern const StepKernels step_avx512_bf16;
+#endif
 #endif
 
 void exit_decision(const ExitDecisionParams&);

@@ -1,5 +1,5 @@
-// The step family, written once in plain loops that compilers vectorise, compiled once per instruction set: a
-// translation unit includes this file, has its flags in CMakeLists.txt, and exports `kernels`.
+// The step family, written once over Lanes, the noise in plain loops that compilers vectorise, and compiled once per
+// instruction set: a translation unit includes this file, has its flags in CMakeLists.txt, and exports `kernels`.
 //
 // Bytes per row of P elements (x of s bytes, velocity of t): cached_step reads and writes s·P, reads t·P, and writes
 // t·P for fresh rows; renoise reads (s + t)·P and writes s·P, twice with x0. Both are bound by memory once rows leave
@@ -7,6 +7,7 @@
 #pragma once
 
 #include "../philox.h"
+#include "lanes.h"
 #include "rows.h"
 #include "step.h"
 
@@ -80,29 +81,20 @@ void philox_normal(const PhiloxNormalParams& p, int64_t begin, int64_t end) {
     for_each_noise(p.seeds, p.tokens, p.rows, p.width, p.draw, begin, end,
                    [&](int64_t batch, int64_t row, int64_t first, int64_t count, const float* normals) {
                      T* out = row_of<T>(p.out, batch, row) + first;
-                     for (int64_t i = 0; i < count; ++i) store(out + i, normals[i]);
+                     for_blocks(count, [&](int64_t i, auto block) { store(out + i, load(normals + i, block), block); });
                    });
   });
 }
 
-// out may be x or velocity itself: every element is read before it is written, and `ivdep` says just that.
+// out may be x or velocity itself: a block is read before it is written.
 template <class X, class V>
 void renoise_piece(const RenoiseParams& p, X* out, X* x0, const X* x, const V* velocity, const float* normals, int64_t count) {
-  const float sigma = p.sigma, keep = p.keep, sigma_next = p.sigma_next;
-  if (x0) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < count; ++i) {
-      const float clean = load(x + i) - sigma * load(velocity + i);
-      store(x0 + i, clean);
-      store(out + i, normals ? keep * clean + sigma_next * normals[i] : clean);
-    }
-  } else {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < count; ++i) {
-      const float clean = load(x + i) - sigma * load(velocity + i);
-      store(out + i, normals ? keep * clean + sigma_next * normals[i] : clean);
-    }
-  }
+  const Lanes sigma = all(p.sigma), keep = all(p.keep), sigma_next = all(p.sigma_next);
+  for_blocks(count, [&](int64_t i, auto block) {
+    const Lanes clean = load(x + i, block) - sigma * load(velocity + i, block);
+    if (x0) store(x0 + i, clean, block);
+    store(out + i, normals ? keep * clean + sigma_next * load(normals + i, block) : clean, block);
+  });
 }
 
 void renoise(const RenoiseParams& p, int64_t begin, int64_t end) {
@@ -121,54 +113,64 @@ void renoise(const RenoiseParams& p, int64_t begin, int64_t end) {
   });
 }
 
-// ‖fresh - cached‖₁ / ‖fresh‖₁ over sixteen fixed lanes: the same order of additions for every instruction set.
+// cached = fresh; returns ‖fresh - cached‖₁ / ‖fresh‖₁ of before.
 template <class V>
-float relative_change(const V* fresh, const V* cached, int64_t width) {
-  constexpr int lanes = 16;
-  float change[lanes] = {}, norm[lanes] = {};
-  int64_t i = 0;
-  for (; i + lanes <= width; i += lanes)
-    for (int l = 0; l < lanes; ++l) {
-      const float value = load(fresh + i + l);
-      change[l] += fabsf(value - load(cached + i + l));
-      norm[l] += fabsf(value);
-    }
-  for (int l = 0; i < width; ++i, ++l) {
-    const float value = load(fresh + i);
-    change[l] += fabsf(value - load(cached + i));
-    norm[l] += fabsf(value);
-  }
-  for (int half = lanes / 2; half; half /= 2)
-    for (int l = 0; l < half; ++l) {
-      change[l] += change[l + half];
-      norm[l] += norm[l + half];
-    }
-  const float smallest = bits_to_float(0x00800000u);
-  return change[0] / (norm[0] < smallest ? smallest : norm[0]);  // a NaN norm stays
+float replace_row(V* cached, const V* fresh, int64_t width) {
+  Lanes change = all(0.0f), norm = all(0.0f);
+  for_blocks(width, [&](int64_t i, auto block) {
+    const Lanes value = load(fresh + i, block);
+    change = change + absolute(value - load(cached + i, block));
+    norm = norm + absolute(value);
+    store_rounded(cached + i, value, block);
+  });
+  const float smallest = bits_to_float(0x00800000u), size = sum(norm);
+  return sum(change) / (size < smallest ? smallest : size);  // a NaN norm stays
 }
 
+// x += delta·velocity
+template <class X, class V>
+void advance(X* x, const V* velocity, float delta, int64_t count) {
+  const Lanes factor = all(delta);
+  for_blocks(count, [&](int64_t i, auto block) {
+    store(x + i, load(x + i, block) + factor * load(velocity + i, block), block);
+  });
+}
+
+// A few rows at a time: first the cache takes the fresh ones, then all advance by the velocities, which are in L1. So
+// no branch asks of a row whether it is fresh, which for every other row it would guess wrongly half of the time, and
+// rows that lie one after another advance as one.
 void cached_step(const CachedStepParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t together = 1 << 11;  // elements
+  const int64_t most = together / (p.width ? p.width : 1) + 1;
+  const auto place = [&](int64_t i) { return p.fresh_order ? p.fresh_order[i] : i; };
   with_types(p.x.element, p.cache.element, [&](auto x_type, auto velocity_type) {
     using X = decltype(x_type);
     using V = decltype(velocity_type);
-    const float delta = p.delta_sigma;
-    for (int64_t i = begin; i < end; ++i) {
+    const bool dense = p.x.row_stride == p.width && p.cache.row_stride == p.width;
+    int64_t next = 0;  // of the fresh rows in order
+    for (int64_t left = p.active; left > 0;) {  // the first at or behind `begin`
+      const int64_t half = left / 2;
+      const bool behind = p.fresh_rows[place(next + half)] >= begin % p.rows;
+      next = behind ? next : next + half + 1;
+      left = behind ? half : left - half - 1;
+    }
+    for (int64_t i = begin, count; i < end; i += count) {
       const int64_t batch = i / p.rows, row = i % p.rows;
-      X* x = row_of<X>(p.x, batch, row);
-      V* cache = row_of<V>(p.cache, batch, row);
-      const int32_t index = p.fresh_index[row];
-      if (index < 0) {
-#pragma GCC ivdep
-        for (int64_t k = 0; k < p.width; ++k) store(x + k, load(x + k) + delta * load(cache + k));
-        continue;
+      if (!row) next = 0;
+      count = end - i < p.rows - row ? end - i : p.rows - row;
+      count = count < most ? count : most;
+      for (; next < p.active && p.fresh_rows[place(next)] < row + count; ++next) {
+        const int64_t index = place(next);
+        V* cached = row_of<V>(p.cache, batch, p.fresh_rows[index]);
+        const V* fresh = row_of<const V>(p.fresh, batch, index);
+        if (p.score)
+          p.score[batch * p.score_stride + index] = replace_row(cached, fresh, p.width);
+        else
+          memcpy(cached, fresh, static_cast<size_t>(p.width) * sizeof(V));
       }
-      const V* fresh = row_of<const V>(p.fresh, batch, index);
-      if (p.score) p.score[batch * p.score_stride + index] = relative_change(fresh, cache, p.width);
-#pragma GCC ivdep
-      for (int64_t k = 0; k < p.width; ++k) {
-        cache[k] = fresh[k];
-        store(x + k, load(x + k) + delta * load(fresh + k));
-      }
+      const int64_t lines = dense ? 1 : count, width = dense ? count * p.width : p.width;
+      for (int64_t line = row; line < row + lines; ++line)
+        advance(row_of<X>(p.x, batch, line), row_of<const V>(p.cache, batch, line), p.delta_sigma, width);
     }
   });
 }

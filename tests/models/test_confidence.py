@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from tiny import make_model, randomise
 from torch import Tensor
 
+from dsa_rt.arena import Arena
 from dsa_rt.errors import OptionError
 from dsa_rt.models.confidence import ConfidenceConfig, ConfidenceHead
 from dsa_rt.plan import TokenGrid, frame_tokens
@@ -59,6 +60,30 @@ def test_head_against_plain_transcription(dim: int, heads: int, taps: tuple[int,
     assert logit.shape == (3,) and logit.dtype == torch.float32
     assert expected.std() > 1e-2  # it does depend on the sample
     assert (logit - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dim", "heads", "taps", "tokens"), [(48, 2, (0, 1), 13), (24, 3, (2,), 1), (64, 1, (0, 3, 4), 40)]
+)
+def test_judging_against_plain_transcription(
+    dtype: torch.dtype, dim: int, heads: int, taps: tuple[int, ...], tokens: int
+) -> None:
+    """The prepared head, in memory that is full of NaN, sample by sample; again in the same memory."""
+    head = ConfidenceHead(ConfidenceConfig(dim, heads, 2 * dim + 1, taps))
+    randomise(head, dim + heads)
+    head.to(dtype).requires_grad_(False).prepare()
+    hidden = [(3 * torch.randn(3, tokens, dim) + 0.5).to(dtype) for _ in taps]
+    expected = plain_head(head.state_dict(), heads, hidden)
+    arena = Arena()
+    for _ in range(2):
+        with torch.no_grad():
+            logits = [head.judge([tap[n : n + 1] for tap in hidden], arena).clone() for n in range(3)]
+        assert all(logit.shape == (1,) and logit.dtype == dtype for logit in logits)
+        error = (torch.cat(logits).double() - expected).abs().max()
+        assert error < (1e-4 if dtype == torch.float32 else 0.05 * expected.abs().max() + 0.05)
+        for buffer in arena._held.values():
+            buffer.fill_(torch.nan)
 
 
 def test_head_takes_its_taps_from_the_generator() -> None:

@@ -290,4 +290,4 @@ def test_linear_with_gelu() -> None:
     linear, x = torch.nn.Linear(5, 7), torch.randn(2, 3, 5)
     hidden = linear(x)
     inner = math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)
-    torch.testing.assert_close(ops.linear(linear, x, gelu=True), 0.5 * hidden * (1 + inner.tanh()))
+    torch.testing.assert_close(ops.linear(linear, x, activation="gelu"), 0.5 * hidden * (1 + inner.tanh()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from typing import Any
 
@@ -48,6 +49,15 @@ def gelu(y: np.ndarray) -> np.ndarray:
         return y / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
 
 
+def gelu_erf(y: np.ndarray) -> np.ndarray:
+    return y * 0.5 * np.vectorize(math.erfc)(-y / np.sqrt(2))
+
+
+def silu(y: np.ndarray) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        return y / (1 + np.exp(-y))
+
+
 def check(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
     """An fp32 sum of K terms is off by at most K units of 2^-24 of their sizes; then bias, activation, a rounding."""
     left, right = x.to(weight.dtype).double().numpy(), weight.double().numpy().T
@@ -55,8 +65,9 @@ def check(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activatio
     if bias is not None:
         result, size = result + bias.double().numpy(), size + abs(bias.double().numpy())
     error = (weight.shape[1] + 2) * 2.0**-24 * size
-    if activation == "gelu":
-        result, error = gelu(result), 1.13 * error + 2e-6 * abs(gelu(result))  # its slope is below 1.13
+    if activation != "none":
+        result = {"gelu": gelu, "gelu_erf": gelu_erf, "silu": silu}[activation](result)
+        error = 1.13 * error + 2e-6 * abs(result) + (5e-7 if activation == "gelu_erf" else 0)  # slopes are below 1.13
     half_ulp = 2.0**-8 if out.dtype == BF16 else 2.0**-24
     assert (abs(out.double().numpy() - result) <= 1.01 * half_ulp * (abs(result) + error) + error + 1e-30).all()
 
@@ -80,7 +91,8 @@ def test_against_fp64(
     batch, active, k, n = shape
     weight = random(rng, n, k, dtype=dtype[0], scale=k**-0.5)
     biases = (None, random(rng, n), random(rng, n, dtype=BF16))
-    for bias, activation in zip((*biases, None), ("none", "gelu", "none", "gelu"), strict=True):
+    chosen = ("none", "gelu", "gelu_erf", "silu", "none", "gelu")
+    for bias, activation in zip((*biases, None, *biases[1:]), chosen, strict=True):
         packed = pack(path, weight, bias)
         x = among_nan(random(rng, batch, active, k, dtype=dtype[1]))
         out = Guarded(poison(batch, active, n, dtype=dtype[2]))
@@ -100,6 +112,19 @@ def test_gelu(kernel: str) -> None:
     relative = np.where(x >= -4, 1e-6, 1e-5)
     assert (abs(got - exact) <= np.where(x >= -8, relative * abs(exact), 1e-15)).all()
     assert got[-4] == 1e3 and got[-3] == np.float32(1e20) and got[-2] == 0 and got[-1] == 0
+
+
+@kernels
+@pytest.mark.parametrize(("activation", "exact", "bound"), [("gelu_erf", gelu_erf, 5e-7), ("silu", silu, 1e-6)])
+def test_other_activations(kernel: str, activation: str, exact: Any, bound: float) -> None:
+    """Within the bound of its value's size or of 1, whichever is larger; NaN and infinities as they should be."""
+    x = torch.cat((torch.linspace(-12, 12, 20001), torch.tensor([-1e3, 1e3, -1e20, 1e20, math.inf, math.nan])))
+    out = poison(1, len(x), 1)
+    run(kernel, out, x.view(1, -1, 1), pack(kernel, torch.ones(1, 1)), activation)
+    got, wanted = out.flatten().double().numpy(), exact(x.double().numpy())
+    finite = slice(0, -2)
+    assert (abs(got[finite] - wanted[finite]) <= bound * np.maximum(1, abs(wanted[finite]))).all()
+    assert got[-2] == math.inf and math.isnan(got[-1])
 
 
 @dtypes
@@ -230,7 +255,8 @@ def test_bad_arguments(case: int) -> None:
 
 
 def test_options_that_are_refused() -> None:
-    refused_by(linear, good() | {"activation": "relu"}, "activation is 'relu', expected 'none' or", error=OptionError)
+    expected = "activation is 'relu', expected 'none', 'gelu'"
+    refused_by(linear, good() | {"activation": "relu"}, expected, error=OptionError)
     x = torch.randn(2, 5, 4).requires_grad_()
     refused_by(linear, good() | {"x": x}, "not differentiable", error=OptionError)
 

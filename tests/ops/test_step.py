@@ -89,10 +89,12 @@ def test_renoise_reaches_the_next_level(path: str, rng: np.random.Generator) -> 
 @pytest.mark.parametrize("x_dtype", FLOATS)
 @pytest.mark.parametrize("velocity_dtype", FLOATS)
 @pytest.mark.parametrize("active", ["none", "one", "some", "all"])
+@pytest.mark.parametrize("with_order", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_cached_step(
     path: str,
     shape: tuple[int, int, int],
+    with_order: bool,
     active: str,
     x_dtype: torch.dtype,
     velocity_dtype: torch.dtype,
@@ -101,6 +103,8 @@ def test_cached_step(
     batch, total, width = shape
     count = {"none": 0, "one": 1, "some": (total + 1) // 2, "all": total}[active]
     rows = torch.from_numpy(rng.permutation(total)[:count])
+    if with_order:
+        rows = rows.sort().values
     x, old = random(rng, *shape, dtype=x_dtype), random(rng, *shape, dtype=velocity_dtype)
     fresh = random(rng, batch, count, width, dtype=velocity_dtype)
     delta = float(rng.uniform(-0.2, 0.2))
@@ -123,6 +127,29 @@ def test_cached_step(
         else:
             assert score.tensor.isnan().all()
         assert x_io.intact() and cache_io.intact() and score.intact()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_cached_step_of_many_dense_rows(
+    path: str, dtype: torch.dtype, threads: int, rng: np.random.Generator
+) -> None:
+    """Rows that lie one after another, more of them than advance together, in pieces that begin anywhere."""
+    batch, total, width = 3, int(rng.integers(2000, 2500)), int(rng.integers(20, 60))
+    count = int(rng.integers(1, total))
+    rows = torch.from_numpy(rng.permutation(total)[:count])
+    x, old = (random(rng, batch, total, width, dtype=dtype) for _ in range(2))
+    fresh = random(rng, batch, count, width, dtype=dtype)
+    velocity = old.clone()
+    velocity[:, rows] = fresh
+    expected = rounded(wide(x) + np.float32(-0.1) * wide(velocity), dtype)
+    change = abs(wide(fresh).astype(np.float64) - wide(old[:, rows])).sum(-1) / abs(wide(fresh)).sum(-1)
+    order = rows.argsort()
+    for chosen in (torch.arange(count), order):
+        x_io, cache, score = x.clone(), old.clone(), poison(batch, count)
+        call(path, "cached_step", x_io, cache, score, rows[chosen], fresh[:, chosen], -0.1, threads=threads)
+        assert same_bits(x_io, expected) and same_bits(cache, velocity)
+        np.testing.assert_allclose(score.numpy(), change[:, chosen], rtol=1e-5)
 
 
 def test_cached_step_is_euler_on_a_coarser_grid(path: str, rng: np.random.Generator) -> None:
@@ -163,6 +190,40 @@ def test_nan_and_infinity_pass_through(path: str, dtype: torch.dtype) -> None:
     call(path, "cached_step", x_io, cache, score, rows, x[:, :1], 2.0)
     expected = reference.cached_step(x, velocity, rows, x[:, :1], 2.0)
     assert same_bits(x_io, expected[0]) and same_bits(cache, expected[1]) and score.isnan().all()
+
+
+@pytest.mark.parametrize("instruction_set", _native.build_info()["instruction_sets"])
+def test_every_exponent_rounds_to_bf16_as_defined(instruction_set: str, rng: np.random.Generator) -> None:
+    """Subnormal numbers, ties, those that round up to infinity; any NaN becomes the canonical one, bit for bit."""
+    words = rng.integers(0, 2**32, 32 * 1024, dtype=np.uint32)
+    ties = rng.integers(0, 2**16, 4096, dtype=np.uint32) << 16 | 0x8000
+    subnormal = rng.integers(0, 2**23, 4096, dtype=np.uint32)
+    edges = [0, 1 << 31, 0x7F7FFFFF, 0x7F7F7FFF, 0x7F800000, 0xFF800000, 0x7F800001, 0xFFFFFFFF]
+    values = np.concatenate((words, ties, subnormal, np.array(edges * 5, np.uint32))).view(np.float32)
+    velocity = torch.from_numpy(values).reshape(1, 1, -1)
+    x = torch.full(velocity.shape, -0.0, dtype=torch.bfloat16)
+    out = poison(*velocity.shape, dtype=torch.bfloat16)
+    zero = torch.zeros(1, dtype=torch.int64)
+    call(instruction_set, "renoise", out, None, x, -velocity, zero, zero.clone(), 1.0, 0.0, 0)
+    expected = velocity.to(torch.bfloat16).view(torch.int16)
+    expected[velocity.isnan()] = 0x7FC0
+    assert torch.equal(out.view(torch.int16), expected)
+
+
+@pytest.mark.parametrize("velocity_dtype", FLOATS)
+def test_the_cache_keeps_the_bits_of_fresh_rows(
+    path: str, velocity_dtype: torch.dtype, rng: np.random.Generator
+) -> None:
+    """Those of NaNs too, and in rows that fill no vector."""
+    integers = torch.int16 if velocity_dtype == torch.bfloat16 else torch.int32
+    limits = torch.iinfo(integers)
+    for width in (5, 64, 77):
+        bits = torch.from_numpy(rng.integers(limits.min, limits.max, (1, 9, width))).to(integers)
+        fresh, rows = bits.view(velocity_dtype), torch.tensor([0, 2, 3, 5, 6, 7, 8, 10, 12])
+        for score in (None, poison(1, 9)):
+            cache = poison(1, 13, width, dtype=velocity_dtype)
+            call(path, "cached_step", torch.zeros(1, 13, width), cache, score, rows, fresh, 0.5)
+            assert torch.equal(cache[:, rows].view(integers), bits)
 
 
 @pytest.mark.parametrize("flag", [torch.bool, torch.uint8])

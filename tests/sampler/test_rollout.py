@@ -65,6 +65,8 @@ class Clip:
         head: ConfidenceHead | None = None, spare: int = 0,
     ) -> None:  # fmt: skip
         self.model, self.calls = make_model(1), list[Call]()
+        if head is not None:
+            head.prepare()
         sizes = Sizes(GRID, CHUNK, window, sink, window + spare, tuple(SIGMAS))
         engine = Engine(self.model, head, sizes, torch.device("cpu"), eager)
         (lane,) = engine.lanes()
@@ -188,18 +190,26 @@ def test_noise_depends_on_seed_token_and_draw_alone() -> None:
 
 
 def test_confidence_is_the_heads() -> None:
-    """The number the decider hears is the sigmoid of the head's logit on the taps of that pass."""
+    """The number the decider hears is the sigmoid of the head's logit on the taps of that pass, as the head's plain
+    form has it."""
     head = ConfidenceHead(ConfidenceConfig(48, 2, 64, (0, 1)))
     randomise(head, 2, spread=2.0)
     decider = ScriptedDecider((2, 1, 3, 1), {(c, p) for c in range(4) for p in range(1, 4)})
     made = Clip(decider, seed=1, head=head)
     logits: list[float] = []
-    head.register_forward_hook(lambda _, __, logit: logits.append(float(logit)))
+    engine = made.rollout.lane.engine
+    judge = engine.judge
+
+    def noting(taps: Sequence[Tensor]) -> float:
+        logits.append(float(head(list(taps))))
+        return judge(taps)
+
+    engine.judge = noting  # type: ignore[method-assign]
     made.run()
     heard = [confidence for _, _, confidence in decider.calls]
     assert len(logits) == len(heard) == 7
     for logit, confidence in zip(logits, heard, strict=True):
-        assert confidence == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-7)
+        assert confidence == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-6)
     assert len(set(heard)) == 7
 
 
