@@ -50,8 +50,8 @@ MANY_STEP: Figures = {
 INCLUDES = [
     "ratios: the peer's time over ours of the same round, median over rounds",
     "streaming: wall clock of a call, prompt to uint8 frames; the peer has the bundle's own text encoder and codec, "
-    "draws its noise with torch, and decodes once at the end; it is told how many passes to take and runs no "
-    "confidence head",
+    "draws its noise with torch, and decodes once at the end; passes of dsa: it is told "
+    "how many passes to take and which context passes to leave out, and runs no confidence head",
     "many-step: denoising alone, both branches of guidance, divided by the steps; diffusers' model embeds the text in "
     "every pass, as its pipeline does",
     "gather: the policy's own choice of tokens, and K/V of the text kept from step to step",
@@ -70,15 +70,15 @@ class Ways:
 def streaming(runtime: dsa_rt.Runtime, cases: Sequence[Case], frames: int | None) -> Ways:
     """Clips of a causal bundle, end to end."""
     dense, dsa = (runtime.compile(frames=frames, policy=policy) for policy in ("dense", "dsa"))
-    taken = [[chunk.passes for chunk in _clip(dsa, case).stats.chunks] for case in cases]
+    taken = [passes_of(_clip(dsa, case)) for case in cases]
 
     def ours(generate: Generate) -> Callable[[int], float]:
         return lambda number: _seconds(lambda: _clip(generate, cases[number]))
 
-    def plain(loop: PlainLoop, passes: Sequence[Sequence[int]] | None) -> Callable[[int], float]:
+    def plain(loop: PlainLoop, as_taken: Sequence[tuple[list[int], int]] | None) -> Callable[[int], float]:
         def run(number: int) -> float:
-            case, counts = cases[number], None if passes is None else passes[number]
-            return _seconds(lambda: loop(case.prompt, published_noise(dense, case.seed), counts))
+            case, (passes, contexts) = cases[number], (None, None) if as_taken is None else as_taken[number]
+            return _seconds(lambda: loop(case.prompt, published_noise(dense, case.seed), passes, contexts))
 
         return run
 
@@ -134,8 +134,8 @@ def check(bundle: str, many: str, device: str, frames: int | None, steps: int, c
     for policy in ("dense", "dsa"):
         generate = runtime.compile(frames=frames, policy=policy)
         video = _clip(generate, case)
-        passes = [chunk.passes for chunk in video.stats.chunks]
-        clip = PlainLoop(generate)(case.prompt, runtime_noise(generate, case.seed), passes)
+        clip = PlainLoop(generate)(case.prompt, runtime_noise(generate, case.seed), *passes_of(video))
+        assert clip.model_calls == video.stats.model_calls
         found[f"plain loop, {policy}"] = _difference(clip.latents, video)
     runtime = dsa_rt.load(many, device=device, dtype="fp32")
     loops: dict[str, DiffusersLoop | GatherLoop] = {
@@ -209,6 +209,12 @@ def report(parts: Mapping[str, Mapping[str, Any]]) -> str:
     ]  # fmt: skip
     times = common.table(["way", "median", "p20", "p80", "n"], rows)
     return f"{times}\n\n{common.table(['ours against', 'median', 'p20', 'p80', 'must reach', ''], compared)}"
+
+
+def passes_of(video: Video) -> tuple[list[int], int]:
+    """The denoise passes of each chunk, and how many chunks had a context pass."""
+    chunks = video.stats.chunks
+    return [chunk.passes for chunk in chunks], sum(chunk.context_passes for chunk in chunks)
 
 
 def _clip(generate: Generate, case: Case) -> Video:

@@ -20,16 +20,11 @@ Noise = Callable[[range, int], Tensor]
 
 @dataclass(frozen=True)
 class PlainClip:
-    """frames [T, H, W, 3] uint8; latents [C, F, h, w]; passes: of each chunk."""
+    """frames [T, H, W, 3] uint8; latents [C, F, h, w]; model_calls: denoise passes and context passes."""
 
     frames: Tensor
     latents: Tensor
-    passes: tuple[int, ...]
-
-    @property
-    def model_calls(self) -> int:
-        """Denoise passes and context passes."""
-        return sum(self.passes) + len(self.passes)
+    model_calls: int
 
 
 class PlainLoop:
@@ -53,8 +48,11 @@ class PlainLoop:
         self.cache = SliceCache(runtime.model.config, tokens, runtime.dtype, runtime.device)
 
     @torch.no_grad()
-    def __call__(self, prompt: str, noise: Noise, passes: Sequence[int] | None = None) -> PlainClip:
-        """One clip. passes: of each chunk, such as a policy took (None: all scheduled)."""
+    def __call__(
+        self, prompt: str, noise: Noise, passes: Sequence[int] | None = None, contexts: int | None = None
+    ) -> PlainClip:
+        """One clip. passes: of each chunk, such as a policy took (None: all scheduled). contexts: how many chunks get a
+        context pass (None: all of them, the last one too, as published; none but the next chunk would read it)."""
         settings, dtype = self.settings, self.runtime.dtype
         counts = tuple(passes) if passes is not None else (settings.passes,) * settings.chunks
         if len(counts) != settings.chunks or not all(1 <= count <= settings.passes for count in counts):
@@ -77,12 +75,13 @@ class PlainLoop:
                     following, fresh = settings.sigmas[done], noise(frames, done)
                     x = ((1 - following) * x0 + following * fresh).to(dtype)
             output[:, :, frames.start : frames.stop] = x0
-            self._velocity(x0, 0.0, text, texts, frames)
+            if contexts is None or chunk < contexts:
+                self._velocity(x0, 0.0, text, texts, frames)
             self._wait()
         video = self.runtime.codec.decode(output)
         pixels = (video[0].float() * 0.5 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
         result = pixels.permute(1, 2, 3, 0).contiguous().cpu()
-        return PlainClip(result, output[0], counts)
+        return PlainClip(result, output[0], sum(counts) + (len(counts) if contexts is None else contexts))
 
     def _velocity(self, x: Tensor, sigma: float, text: Tensor, texts: TextCache, frames: range) -> Tensor:
         timesteps = torch.ones(1, len(frames), device=x.device) * (TRAIN_TIMESTEPS * sigma)

@@ -86,7 +86,7 @@ CASES = (
     _many("hsa-25", "many-step demo, HSA on 20 steps at half of their token-steps"),
     _many("window-75", "many-step demo, every second step of the middle skipped"),
     _large("causal-dense", "causal", "dense", "1.3B causal, 832x480, 81 frames, 4 passes"),
-    _large("causal-dsa", "causal", "scripted:0,2,5", "the same, 3 of 7 chunks refined: 23 model calls"),
+    _large("causal-dsa", "causal", "scripted:0,2,5", "the same, 3 of 7 chunks refined: 16 passes beside the context"),
     _large("dense", "bidirectional", "dense", "1.3B bidirectional, 832x480, 81 frames, 40 steps", 40),
     _large("hsa-50", "bidirectional", "hsa-50", "the same under HSA"),
     _large("hsa-25", "bidirectional", "hsa-25", "the same under HSA"),
