@@ -125,8 +125,9 @@ def _ready(case: Case, place: str, runtimes: dict[tuple[object, ...], tuple[Runt
     runtime, load_s = runtimes[key]
     start = time.perf_counter()
     generate = runtime.compile(
-        height=case.height, width=case.width, frames=case.frames, policy=suite_policy(case.policy), steps=case.steps
-    )
+        height=case.height, width=case.width, frames=case.frames, policy=suite_policy(case.policy), steps=case.steps,
+        sessions=case.batch,
+    )  # fmt: skip
     device.wait(where)
     compiled = time.perf_counter() - start
     peak = f"{where}, {str(runtime.dtype).removeprefix('torch.')}"

@@ -57,15 +57,18 @@ def pass_work(config: WanConfig, active: int, rows: int, timestep_rows: int, ite
 
 
 def run_work(config: WanConfig, settings: Settings, chunks: Sequence[ChunkStats], itemsize: int) -> Work:
-    """All passes of a clip's chunks, context passes and both branches of guidance included."""
+    """All passes of a whole clip's chunks, context passes and both branches of guidance included. A context pass that
+    ran with the next chunk's first pass counts as one of its own, except for its weights, which are counted twice."""
     total, tokens = NOTHING, settings.grid.tokens
+    timestep_rows = settings.chunk_frames if settings.causal else 1
+
+    def one(index: int, active: int) -> Work:
+        seen = min((index + 1) * settings.chunk_frames, settings.window) * tokens
+        return pass_work(config, active, seen, timestep_rows, itemsize)
+
     for chunk in chunks:
-        if settings.causal:
-            seen = (chunk.index + 1) * settings.chunk_frames
-            rows, timestep_rows = min(seen, settings.window) * tokens, settings.chunk_frames
-        else:
-            rows, timestep_rows = chunk.tokens, 1
         for active in chunk.active_tokens:
-            total += pass_work(config, active, rows, timestep_rows, itemsize) * chunk.calls_per_pass
-        total += pass_work(config, chunk.tokens, rows, timestep_rows, itemsize) * chunk.context_passes
+            total += one(chunk.index, active) * chunk.calls_per_pass
+    for index in range(sum(chunk.context_passes for chunk in chunks)):  # whichever chunk they are reported with
+        total += one(index, settings.chunk_frames * tokens)
     return total

@@ -64,12 +64,13 @@ def random_runtime(size: str, form: str, device: str | torch.device, dtype: str,
         raise OptionError(f"size {size!r} makes video from images; random weights are for text-to-video sizes")
     place, number = torch.device(device), dtype_for(dtype, device)
     causal, generator = form == "causal", torch.Generator(place).manual_seed(seed)
-    model = _filled(WanModel, config, place, number, generator)
-    head = None
+    model: WanModel = _filled(WanModel, config, place, number, generator).prepare()
+    head: ConfidenceHead | None = None
     if causal:
         taps = tuple(sorted({config.layers * part // 8 - 1 for part in (4, 6, 8)} - {-1}))
         sizes = ConfidenceConfig(config.dim, config.heads, config.dim, taps)
         head = _filled(ConfidenceHead, sizes, place, number, generator)
+        head.prepare()
     codec = _filled(TinyCodec, _decoder(size, config), place, number, generator)
     manifest = Manifest(
         name=f"{size} {form}, random weights", architecture={"kind": "wan", **config.to_dict()},
