@@ -126,6 +126,7 @@ _BEFORE_TRITON = {
     "exit_decision": _FLOAT_ROWS,
     "norm_modulate": _FLOAT_ROWS,
     "residual_norm_modulate": _FLOAT_ROWS,
+    "rms_norm": _FLOAT_ROWS,
     "qk_norm_rope_store": _FLOAT_ROWS,
     "active_attention": _attention(),
     "gather_rows": _ANY_ROWS,

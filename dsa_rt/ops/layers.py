@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from dsa_rt.ops import attention, norm, pool, rope
 from dsa_rt.ops.backend import choose
 from dsa_rt.reference import layers as reference
-from dsa_rt.reference.layers import rms_norm
 
 __all__ = [
     "active_attention",
@@ -66,6 +65,15 @@ def residual_norm_modulate(
     total, out = _rows_like(x) if keep else x, _rows_like(x)
     norm.residual_norm_modulate(total, out, x, y, gate, shift, scale, rows, eps)
     return total, out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension with a learned weight; see :func:`dsa_rt.ops.norm.rms_norm`."""
+    if x.ndim != 3 or not _has_kernel("rms_norm", x, others=(weight,)):
+        return reference.rms_norm(x, weight, eps)
+    out = _rows_like(x)
+    norm.rms_norm(out, x, weight, eps)
+    return out
 
 
 def qk_norm_rope_store(
