@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsa_rt.ops import linear as linear_op
 from dsa_rt.ops import norm, pool, rope
 from dsa_rt.ops import rows as row_ops
 from dsa_rt.ops import step as ops
+from dsa_rt.reference import layers as reference
 
 SIGMA, NEXT, EPS = 0.9375, 0.8333, 1e-6
 
@@ -156,6 +158,19 @@ def residual_norm_modulate(shape: Shape, dtype: torch.dtype) -> Op:
     return Op(4 * x.nbytes, run("native"), run("torch"), by_hand, (total, out), tolerance=_tolerance(dtype))
 
 
+def rms_norm(shape: Shape, dtype: torch.dtype) -> Op:
+    x, weight = _rows(shape, dtype), torch.rand(shape[2] * shape[3]).to(dtype)
+    out = torch.empty_like(x)
+
+    def run(name: str) -> Callable[[], None]:
+        return lambda: norm.rms_norm(out, x, weight, EPS, backend=name)
+
+    def by_hand() -> None:
+        _drop(F.rms_norm(x, (x.shape[2],), weight, EPS))
+
+    return Op(2 * x.nbytes, run("native"), run("torch"), by_hand, (out,), tolerance=_tolerance(dtype))
+
+
 def qk_norm_rope_store(shape: Shape, dtype: torch.dtype) -> Op:
     """Into consecutive rows of a cache of four times as many, as a chunk's K and V go."""
     batch, tokens, heads, dim = shape
@@ -233,6 +248,38 @@ def confidence_pool(shape: Shape, dtype: torch.dtype) -> Op:
 
     moved = keys.nbytes + tokens.nbytes + out.nbytes
     return Op(moved, run("native"), run("torch"), by_hand, (out,), tolerance=1e-4)
+
+
+LinearShape = tuple[int, int, int, str]  # rows, K, N, activation
+
+
+def linear(shape: LinearShape, dtype: torch.dtype) -> tuple[dict[str, Callable[[], object]], Callable[[], float]]:
+    """Ways to compute one layer with packed weights, and the native one's largest error relative to 1 + a value, over
+    16 rows, once it has run. "prepacked" is what the framework's compiler uses, where this build of it has that."""
+    count, k, n, activation = shape
+    x, weight, bias = (torch.randn(size).to(dtype) for size in ((1, count, k), (n, k), (n,)))
+    weight *= k**-0.5
+    out, packed = torch.empty(1, count, n, dtype=dtype), linear_op.pack_linear(weight, bias)
+    gelu = activation == "gelu"
+
+    def by_hand() -> Tensor:
+        y = F.linear(x, weight, bias)
+        return F.gelu(y, approximate="tanh") if gelu else y
+
+    def error() -> float:
+        few = slice(None, None, max(count // 16, 1))
+        exact = reference.linear(x[:, few], weight, bias, activation)
+        return float(((out[:, few].float() - exact).abs() / (1 + exact.abs())).max())
+
+    runs: dict[str, Callable[[], object]] = {
+        "native": lambda: linear_op.linear(out, x, packed, activation, backend="native"), "torch": by_hand,
+    }  # fmt: skip
+    if torch.backends.mkldnn.is_available():
+        onednn = torch.ops.mkldnn
+        ready = onednn._reorder_linear_weight(weight, count)
+        fused = ("gelu", [], "tanh") if gelu else ("none", [], "")
+        runs["prepacked"] = lambda: onednn._linear_pointwise(x, ready, bias, *fused)
+    return runs, error
 
 
 def _drop(_: object) -> None:

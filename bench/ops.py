@@ -1,5 +1,5 @@
 """The step family and the transformer's memory-bound ops, one by one: the native kernels against compositions of torch,
-in GB/s and as a share of a plain copy. Attention: the native kernel against torch's fused one, in GFLOP/s and as the
+in GB/s and as a share of a plain copy. Attention and linear: the native kernel against torch's, in GFLOP/s and as the
 ratio of the two.
 
     python -m bench.ops
@@ -10,7 +10,8 @@ where it can be, with torch's own generator for noise, so its numbers are other 
 the op computes in fp32. Native results are compared with the definition first.
 
 Attention is compared with scaled_dot_product_attention on the same tensors, their samples in turn, so that what
-else the machine does falls on both.
+else the machine does falls on both; linear in the same way with F.linear (and F.gelu), whose weights are as they are,
+and for orientation with the product that has its weights reordered once, which torch.compile's CPU code uses.
 """
 
 from __future__ import annotations
@@ -39,6 +40,14 @@ ATTENTION = {  # (batch, active queries, cache rows, heads, head dim)
     "1560 of 4680, D 64": (1, 1560, 4680, 4, 64), "1560 of 4680, D 128": (1, 1560, 4680, 4, 128),
     "1560 of 512 text rows, D 128": (1, 1560, 512, 12, 128),
 }  # fmt: skip
+LINEAR = {  # (rows, K, N, activation)
+    f"{rows} x {k} -> {n}{' gelu' * (activation == 'gelu')}": (rows, k, n, activation)
+    for k, n, activation in (
+        (192, 192, "none"), (192, 576, "none"), (192, 512, "gelu"), (512, 192, "none"), (512, 2048, "none"),
+        (1536, 1536, "none"), (1536, 8960, "none"),
+    )
+    for rows in (48, 96, 336, 1560, 4680)
+}  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAYERS = {  # (batch, tokens, heads, head dim)
     "demo chunk": (1, 108, 3, 64), "demo clip": (1, 756, 3, 64), "480p chunk, 1.3B": (1, 4680, 12, 128),
@@ -53,8 +62,8 @@ OPS: dict[str, Callable[..., Op]] = {
 LAYER_OPS: dict[str, Callable[..., Op]] = {
     op.__name__: op
     for op in (
-        op_cases.norm_modulate, op_cases.residual_norm_modulate, op_cases.qk_norm_rope_store, op_cases.gather_rows,
-        op_cases.scatter_rows, op_cases.confidence_pool,
+        op_cases.norm_modulate, op_cases.residual_norm_modulate, op_cases.rms_norm, op_cases.qk_norm_rope_store,
+        op_cases.gather_rows, op_cases.scatter_rows, op_cases.confidence_pool,
     )
 }  # fmt: skip
 
@@ -130,16 +139,37 @@ def measure_attention(
     error = (out[:, few].float() - reference.active_attention(q[:, few].float(), k, v)).abs().max()
     if not error <= (2e-2 if dtype == torch.bfloat16 else 1e-5):
         raise RuntimeError(f"attention {shape}, {dtype}: the native kernel and the definition differ by {error}")
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(samples):
-        for name, run in runs.items():
-            taken[name].append(seconds(run, 1))
-    native, by_torch = (statistics.median(taken[name]) for name in runs)
+    native, by_torch = in_turn(runs, samples).values()
     operations = 4 * batch * heads * active * rows * dim
     return {
         "operations": operations, "native_us": 1e6 * native, "torch_us": 1e6 * by_torch,
         "native_gflop_s": operations / native / 1e9, "torch_gflop_s": operations / by_torch / 1e9,
         "times_as_fast": by_torch / native,
+    }  # fmt: skip
+
+
+def in_turn(runs: dict[str, Callable[[], object]], samples: int) -> dict[str, float]:
+    """Median seconds of each, their samples in turn."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(samples):
+        for name, run in runs.items():
+            taken[name].append(seconds(run, 1))
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def measure_linear(shape: op_cases.LinearShape, dtype: torch.dtype, samples: int) -> dict[str, float | None]:
+    """As :func:`measure_attention`; times_as_fast is beside F.linear, prepacked_us None without oneDNN."""
+    runs, error = op_cases.linear(shape, dtype)
+    runs["native"]()
+    if not error() <= (2.0**-7 if dtype == torch.bfloat16 else 1e-5):
+        raise RuntimeError(f"linear {shape}, {dtype}: the native kernel and the definition differ by {error()}")
+    taken = in_turn(runs, samples)
+    operations = 2 * shape[0] * shape[1] * shape[2]
+    return {
+        "operations": operations, "native_us": 1e6 * taken["native"], "torch_us": 1e6 * taken["torch"],
+        "prepacked_us": 1e6 * taken["prepacked"] if "prepacked" in taken else None,
+        "native_gflop_s": operations / taken["native"] / 1e9, "torch_gflop_s": operations / taken["torch"] / 1e9,
+        "times_as_fast": taken["torch"] / taken["native"],
     }  # fmt: skip
 
 
@@ -149,10 +179,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parse.add_argument(
         "--samples", type=common.positive, default=15, help="samples of about 10 ms for each figure"
     )
-    kinds_of_shapes = {"shapes": SHAPES, "layers": LAYERS, "attention": ATTENTION}
+    kinds_of_shapes = {"shapes": SHAPES, "layers": LAYERS, "attention": ATTENTION, "linear": LINEAR}
     for kind, known in kinds_of_shapes.items():
         parse.add_argument(f"--{kind}", nargs="*", choices=known, help=f"shapes by name; none: all {len(known)}; given "
-                           "one of --shapes, --layers and --attention, the others are left out")  # fmt: skip
+                           "one of these four, the others are left out")  # fmt: skip
     options = parse.parse_args(arguments)
     everything = all(getattr(options, kind) is None for kind in kinds_of_shapes)
     for kind, known in kinds_of_shapes.items():
@@ -185,8 +215,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for shape in tqdm(options.attention, desc="attention", disable=True if options.quiet else None)
             for kind in DTYPES
         }
+        products = {
+            f"{shape}, {kind}": measure_linear(LINEAR[shape], DTYPES[kind], options.samples)
+            for shape in tqdm(options.linear, desc="linear", disable=True if options.quiet else None)
+            for kind in DTYPES
+        }
     result |= {"native": backend.native.build_info(), "threads": torch.get_num_threads(), "rows": rows}
-    result |= {"layers": layers, "attention": pairs}
+    result |= {"layers": layers, "attention": pairs, "linear": products}
     print(common.table(
         ["op, shape, dtype", "native µs", "torch µs", "torch / native", "definition µs", "native GB/s", "torch GB/s",
          "copy GB/s", "% of copy"],
@@ -199,6 +234,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ["attention, dtype", "native µs", "torch µs", "native GFLOP/s", "torch GFLOP/s", "torch / native"],
         [[name, *(common.figure(row[key]) for key in ("native_us", "torch_us", "native_gflop_s", "torch_gflop_s")),
           common.figure(row["times_as_fast"], 2)] for name, row in pairs.items()],
+    ))  # fmt: skip
+    print(common.table(
+        ["linear, dtype", "native µs", "torch µs", "prepacked µs", "native GFLOP/s", "torch GFLOP/s", "torch / native"],
+        [[name, *(common.figure(row[f"{key}_us"]) for key in ("native", "torch", "prepacked")),
+          *(common.figure(row[f"{key}_gflop_s"]) for key in ("native", "torch")),
+          common.figure(row["times_as_fast"], 2)] for name, row in products.items()],
     ))  # fmt: skip
     if busy := common.warn_if_busy(result):
         print(busy)

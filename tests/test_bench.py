@@ -310,17 +310,19 @@ def test_memory(bundle: Path, tmp_path: Path) -> None:
 def test_ops(tmp_path: Path) -> None:
     ops.main(
         ["--threads", "1", "--samples", "1", "--shapes", "demo chunk", "--layers", "demo chunk", "--attention",
-         "demo chunk", "--out", str(tmp_path), "--quiet"]
+         "demo chunk", "--linear", "48 x 192 -> 192", "48 x 192 -> 512 gelu", "--out", str(tmp_path), "--quiet"]
     )  # fmt: skip
     rows = read(tmp_path, "ops.json")["rows"]
     assert len(rows) == 8 and all(row["native_us"] > 0 and row["copy_gb_s"] > 0 for row in rows.values())
     assert rows["renoise, demo chunk, bf16"]["bytes"] == 4 * 108 * 32 * 2
     layers = read(tmp_path, "ops.json")["layers"]
-    assert len(layers) == 12 and layers["qk_norm_rope_store, demo chunk, fp32"]["bytes"] == 6 * 108 * 192 * 4
+    assert len(layers) == 14 and layers["qk_norm_rope_store, demo chunk, fp32"]["bytes"] == 6 * 108 * 192 * 4
     assert all(row["times_as_fast"] == pytest.approx(row["torch_us"] / row["native_us"]) for row in layers.values())
     pairs = read(tmp_path, "ops.json")["attention"]
     assert {row["operations"] for row in pairs.values()} == {4 * 3 * 108 * 756 * 64}
-    for row in pairs.values():
+    products = read(tmp_path, "ops.json")["linear"]
+    assert {row["operations"] for row in products.values()} == {2 * 48 * 192 * n for n in (192, 512)}
+    for row in (*pairs.values(), *products.values()):
         assert row["times_as_fast"] == pytest.approx(row["torch_us"] / row["native_us"])
 
 

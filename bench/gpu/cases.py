@@ -99,6 +99,16 @@ def residual_norm_modulate(s: Sizes, device: torch.device) -> Inputs:
     )  # fmt: skip
 
 
+def rms_norm(s: Sizes, device: torch.device) -> Inputs:
+    r = Random(s, device)
+    x, weight = r.rows(s.batch, s.active, s.width), r.rows(s.width)
+    out = torch.empty_like(x)
+    return Inputs(
+        lambda name: norm.rms_norm(out, x, weight, 1e-6, backend=name), (out,),
+        {"compiled": lambda: compiled("rms_norm")(x, weight, 1e-6)},
+    )  # fmt: skip
+
+
 def qk_norm_rope_store(s: Sizes, device: torch.device) -> Inputs:
     r = Random(s, device)
     q, k, v = (r.rows(s.batch, s.active, s.width) for _ in range(3))
@@ -241,6 +251,7 @@ def _tables(count: int) -> Callable[[Sizes], int]:
 OPS: dict[str, Op] = {
     "norm_modulate": Op(norm_modulate, lambda s: _of_rows(2)(s) + _tables(2)(s)),
     "residual_norm_modulate": Op(residual_norm_modulate, lambda s: _of_rows(4)(s) + _tables(3)(s)),
+    "rms_norm": Op(rms_norm, lambda s: _of_rows(2)(s) + s.dtype.itemsize * s.width),
     "qk_norm_rope_store": Op(
         qk_norm_rope_store, lambda s: _of_rows(6)(s) + 8 * s.active + 4 * (s.active * s.dim + 2 * s.width)
     ),

@@ -157,6 +157,12 @@ class RmsNorm {
       return parallel_for(p.batch * p.active, grain_of(row_work, p.width), launch.threads,
                           [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
     }
+#if defined(DSA_RT_CUDA)
+    if (op_.device().kind == DeviceKind::cuda) {
+      check_width(op_, p.width);
+      return cuda::rms_norm(p, launch.stream);
+    }
+#endif
     no_kernel(op_);
   }
 

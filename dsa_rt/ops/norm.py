@@ -1,4 +1,4 @@
-"""LayerNorm with modulation, alone and after a residual, destination passing.
+"""LayerNorm with modulation, alone and after a residual, and RMSNorm, destination passing.
 
 Rows are [B, A, C], fp32 or bf16 alike; tables of modulation [B or 1, R or 1, C] fp32, of which each token takes the row
 ``rows`` says. The last dimension is contiguous, other strides are free. Arithmetic is fp32 and each stored value is
@@ -18,20 +18,12 @@ from torch import Tensor
 from dsa_rt.ops.backend import register, served
 from dsa_rt.reference import layers as reference
 
-register("rms_norm(Tensor(a!) out, Tensor x, Tensor weight, float eps) -> ()")
 register("norm_modulate(Tensor(a!) out, Tensor x, Tensor shift, Tensor scale, Tensor? rows, float eps) -> ()")
 register(
     "residual_norm_modulate(Tensor(a!) sum, Tensor(b!) out, Tensor x, Tensor y, Tensor? gate, Tensor shift, "
     "Tensor scale, Tensor? rows, float eps) -> ()"
 )
-
-
-def rms_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float, *, backend: str | None = None) -> None:
-    """``out = x / √(mean(x²) + eps) · weight``; out, x [B, A, C], ``out`` may be ``x`` itself; weight [C] fp32 or
-    bf16."""
-    if served("rms_norm", backend, x, (out, x, weight), eps):
-        return
-    out.copy_(reference.rms_norm(x, weight, eps))
+register("rms_norm(Tensor(a!) out, Tensor x, Tensor weight, float eps) -> ()")
 
 
 def norm_modulate(
@@ -60,3 +52,13 @@ def residual_norm_modulate(
     total, normed = reference.residual_norm_modulate(x, y, gate, shift, scale, rows, eps)
     sum.copy_(total)
     out.copy_(normed)
+
+
+def rms_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float, *, backend: str | None = None) -> None:
+    """``out = x / √(mean(x²) + eps) · weight``, the mean over C.
+
+    out, x [B, A, C]; ``out`` may be ``x`` itself; weight [C] fp32 or bf16.
+    """
+    if served("rms_norm", backend, x, (out, x, weight), eps):
+        return
+    out.copy_(reference.rms_norm(x, weight, eps))

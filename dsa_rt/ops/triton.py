@@ -14,6 +14,7 @@ from torch import Tensor
 FAMILIES = {
     "norm_modulate": "norm",
     "residual_norm_modulate": "norm",
+    "rms_norm": "norm",
     "qk_norm_rope_store": "rope",
     "gather_rows": "rows",
     "scatter_rows": "rows",

@@ -1,6 +1,6 @@
 // The memory-bound transformer ops; docs/kernels/cuda.md has their bytes, floors and choices.
 //
-// norm_modulate, qk_norm_rope_store: a row is read once, lives in the registers of a warp (up to 1536 channels) or of a
+// norm_modulate, rms_norm, qk_norm_rope_store: a row is read once, lives in the registers of a warp (up to 1536 channels) or of a
 // block, and is written once. All loads are issued before the first store. Arithmetic is fp32, fused where it says so
 // (compile with -fmad=false); a stored value is rounded once. move_rows: up to 32 threads per row, four accesses of each
 // in flight.
@@ -150,6 +150,48 @@ __global__ __launch_bounds__(Layout::max_threads, Layout::min_blocks) void norm_
   }
 }
 
+template <class Layout>
+__global__ __launch_bounds__(Layout::max_threads, Layout::min_blocks) void rms_norm_kernel(
+    const __grid_constant__ RmsNormParams p) {
+  using T = typename Layout::T;
+  constexpr int count = Layout::count, accesses = Layout::accesses;
+  constexpr bool aligned = Layout::aligned;
+  const int64_t token = Layout::row(), batch = blockIdx.y;
+  const int width = (int)p.width;
+  if (token >= p.active) return;
+
+  const T* x = row_of<const T>(p.x, batch, token);
+  Pack<T, count> packs[accesses];
+#pragma unroll
+  for (int i = 0; i < accesses; ++i)
+    if (Layout::column(i) < width) packs[i] = fetch<count, aligned, Reuse::once>(x + Layout::column(i));
+  float squares = 0;
+#pragma unroll
+  for (int i = 0; i < accesses; ++i)
+    if (Layout::column(i) < width)
+#pragma unroll
+      for (int k = 0; k < count; ++k) squares = fmaf(packs[i][k], packs[i][k], squares);
+  const float inverse = rsqrtf(row_sum<Layout>(squares, 0) / (float)width + p.eps);
+
+  T* out = row_of<T>(p.out, batch, token);
+  const auto finish = [&](auto weight) {  // of its own type
+#pragma unroll
+    for (int i = 0; i < accesses; ++i) {
+      if (Layout::column(i) >= width) continue;
+      const auto scale = fetch<count, aligned, Reuse::again>(weight + Layout::column(i));
+      float values[count];
+#pragma unroll
+      for (int k = 0; k < count; ++k) values[k] = packs[i][k] * inverse * scale[k];
+      round_to(packs[i], values);
+      put<aligned>(out + Layout::column(i), packs[i]);
+    }
+  };
+  if (p.weight_element == Element::float32)
+    finish(static_cast<const float*>(p.weight));
+  else
+    finish(static_cast<const __nv_bfloat16*>(p.weight));
+}
+
 // One of q, k, v of a token: blockIdx.y = 3·batch + which.
 template <class Layout>
 __global__ __launch_bounds__(Layout::max_threads) void qk_norm_rope_store_kernel(
@@ -251,6 +293,18 @@ void norm_modulate(const NormModulateParams& p, uintptr_t stream) {
     with_layout<decltype(type), 1>("norm_modulate", aligned, p.width, [&](auto layout) {
       using Layout = decltype(layout);
       launch("norm_modulate", norm_modulate_kernel<Layout>, Layout::grid(p.active, p.batch, p.width), stream, p);
+    });
+  });
+}
+
+void rms_norm(const RmsNormParams& p, uintptr_t stream) {
+  if (!p.batch || !p.active || !p.width) return;
+  const int64_t vector = 16 / size_of(p.x.element);
+  const bool aligned = p.width % vector == 0 && aligned_rows(p.out) && aligned_rows(p.x) && aligned16(p.weight);
+  with_type(p.x.element, [&](auto type) {
+    with_layout<decltype(type), 1>("rms_norm", aligned, p.width, [&](auto layout) {
+      using Layout = decltype(layout);
+      launch("rms_norm", rms_norm_kernel<Layout>, Layout::grid(p.active, p.batch, p.width), stream, p);
     });
   });
 }

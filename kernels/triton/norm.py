@@ -1,4 +1,4 @@
-"""``norm_modulate`` and ``residual_norm_modulate``: a program per token, one pass over its row.
+"""``norm_modulate``, ``residual_norm_modulate`` and ``rms_norm``: a program per token, one pass over its row.
 
 Bytes of a token (s bytes an element): x in and out, 2·s·C; with the residual y in and the sum out, 4·s·C; the tables
 (fp32, R rows) stay in L2. Bound by memory: about ten operations an element. A row is held in registers, so that mean
@@ -64,6 +64,32 @@ def residual_norm_modulate(
     ``sum`` may be ``x``. gate [B or 1, R or 1, C] fp32. A token whose row is out of range is skipped.
     """
     _launch(out, x, sum, y, gate, shift, scale, rows, eps)
+
+
+@triton.jit
+def _rms_norm(out, x, weight, width, eps, out_batch, out_row, x_batch, x_row, COLS: tl.constexpr):
+    token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    cols = tl.arange(0, COLS)
+    inside = cols < width
+    value = tl.load(x + batch * x_batch + token * x_row + cols, mask=inside, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(value * value, 0) / width + eps)
+    result = value * inverse * tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + batch * out_batch + token * out_row + cols, result.to(out.dtype.element_ty), mask=inside)
+
+
+def rms_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+    """``out = x / √(mean(x²) + eps) · weight``.
+
+    out, x [B, A, C] alike, last dimension contiguous, ``out`` may be ``x``; weight [C] of any floating dtype.
+    """
+    batch, active, width = x.shape
+    if x.numel() == 0:
+        return
+    cols = power_of_two(width)
+    _rms_norm[(active, batch)](
+        out, x, weight, width, eps, out.stride(0), out.stride(1), x.stride(0), x.stride(1), COLS=cols,
+        num_warps=max(1, min(16, cols // 512)), enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def _launch(

@@ -67,6 +67,13 @@ class NormModulateParams(Structure):
     ]  # fmt: skip
 
 
+class RmsNormParams(Structure):
+    _fields_ = [
+        ("out", Rows), ("x", Rows), ("weight", c_void_p), ("weight_element", c_int),
+        *((name, c_int64) for name in ("batch", "active", "width")), ("eps", c_float),
+    ]  # fmt: skip
+
+
 class QkNormRopeStoreParams(Structure):
     _fields_ = [
         *((name, Rows) for name in ("q", "k", "v")), *((name, Heads) for name in ("q_out", "k_cache", "v_cache")),
@@ -164,6 +171,10 @@ class Emulated:
         self._call("norm_modulate", NormModulateParams(
             *(Rows.of(t) for t in (out, x, total, y)), *(Modulation.of(table) for table in tables),
             _address(rows) if length > 1 else None, length, *x.shape, eps))  # fmt: skip
+
+    def rms_norm(self, out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+        self._call("rms_norm", RmsNormParams(
+            Rows.of(out), Rows.of(x), weight.data_ptr(), _element(weight), *x.shape, eps))  # fmt: skip
 
     def qk_norm_rope_store(
         self, q_out: Tensor, k_cache: Tensor, v_cache: Tensor, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor,

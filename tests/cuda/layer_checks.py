@@ -153,6 +153,24 @@ def norm_modulate(
         assert total.unchanged()
 
 
+def rms_norm(
+    machine: Machine, rng: np.random.Generator, shape: tuple[int, int, int], dtype: torch.dtype, layout: str,
+    weights: torch.dtype,
+) -> None:  # fmt: skip
+    """Into another tensor, then in place."""
+    x, weight = random(rng, *shape, dtype=dtype, scale=3.0), random(rng, shape[2], dtype=weights)
+    place = Place(machine, rng, layout)
+    source, out, scale = place(x), place(nothing(*shape, dtype=dtype)), place.contiguous(weight)
+    machine.run("rms_norm", out.tensor, source.tensor, scale, 1e-6)
+    wide = x.double()
+    expected = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * weight.double()
+    close(out.cpu(), expected)
+    assert out.intact() and source.unchanged()
+    machine.run("rms_norm", source.tensor, source.tensor, scale, 1e-6)
+    close(source.cpu(), expected)
+    assert source.intact()
+
+
 QK_SHAPES = [  # batch, tokens, heads, head dim, cache rows
     (1, 5, 12, 128, 9), (2, 3, 3, 64, 3), (1, 2, 24, 128, 5), (2, 4, 5, 16, 8), (1, 3, 3, 12, 4), (2, 3, 5, 6, 7),
     (1, 1, 1, 2, 1), (1, 2, 40, 26, 3), (1, 1, 64, 128, 2),

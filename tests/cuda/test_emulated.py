@@ -44,6 +44,16 @@ def test_norm_modulate(
 
 @layouts
 @dtypes
+@pytest.mark.parametrize("shape", layer_checks.NORM_SHAPES)
+def test_rms_norm(
+    machine: Machine, rng: np.random.Generator, shape: tuple[int, int, int], dtype: torch.dtype, layout: str
+) -> None:
+    for weights in FLOATS:
+        layer_checks.rms_norm(machine, rng, shape, dtype, layout, weights)
+
+
+@layouts
+@dtypes
 @pytest.mark.parametrize("shape", layer_checks.QK_SHAPES)
 def test_qk_norm_rope_store(
     machine: Machine, rng: np.random.Generator, shape: tuple[int, int, int, int, int], dtype: torch.dtype,
@@ -81,6 +91,8 @@ def test_confidence_pool_refuses_what_does_not_fit(machine: Machine, rng: np.ran
 def test_rows_that_are_too_wide(machine: Machine, rng: np.random.Generator) -> None:
     with pytest.raises(RuntimeError, match="norm_modulate: rows of 8200 elements, expected at most 8192"):
         layer_checks.norm_modulate(machine, rng, (1, 1, 8200), torch.float32, "dense", "none")
+    with pytest.raises(RuntimeError, match="rms_norm: rows of 8200 elements, expected at most 8192"):
+        layer_checks.rms_norm(machine, rng, (1, 1, 8200), torch.float32, "dense", torch.float32)
 
 
 @pytest.mark.parametrize("bad", [-1, 6, -(2**62)])

@@ -40,6 +40,16 @@ def test_norm_modulate(
 
 @layouts
 @dtypes
+@pytest.mark.parametrize("shape", [*layer_checks.NORM_SHAPES, (1, 4680, 1536), (2, 390, 5120)])
+def test_rms_norm(
+    rng: np.random.Generator, shape: tuple[int, int, int], dtype: torch.dtype, layout: str
+) -> None:
+    for weights in FLOATS:
+        layer_checks.rms_norm(machine, rng, shape, dtype, layout, weights)
+
+
+@layouts
+@dtypes
 @pytest.mark.parametrize("shape", [*layer_checks.QK_SHAPES, (1, 1408, 12, 128, 1600), (2, 97, 40, 128, 100)])
 def test_qk_norm_rope_store(
     rng: np.random.Generator, shape: tuple[int, int, int, int, int], dtype: torch.dtype, layout: str
@@ -91,7 +101,7 @@ def calls(rng: np.random.Generator) -> dict[str, tuple[list[Tensor], tuple[Any, 
 
     x, y, q, k, v = (made(batch, active, width) for _ in range(5))
     gate, shift, scale = (made(batch, 40, width, dtype=torch.float32) for _ in range(3))
-    out, total, q_out = (torch.empty_like(x) for _ in range(3))
+    out, total, q_out, normed = (torch.empty_like(x) for _ in range(4))
     k_cache, v_cache = (torch.zeros(batch, cached, heads, dim, dtype=x.dtype, device="cuda") for _ in range(2))
     weight = made(width, dtype=torch.float32)
     cos, sin = (made(active, dim // 2, dtype=torch.float32) for _ in range(2))
@@ -100,6 +110,7 @@ def calls(rng: np.random.Generator) -> dict[str, tuple[list[Tensor], tuple[Any, 
     return {
         "norm_modulate": ([out], (out, x, shift, scale, rows(40), 1e-6)),
         "residual_norm_modulate": ([total, out], (total, out, x, y, gate, shift, scale, rows(40), 1e-6)),
+        "rms_norm": ([normed], (normed, x, weight, 1e-6)),
         "qk_norm_rope_store": (
             [q_out, k_cache, v_cache],
             (q_out.unflatten(-1, (heads, dim)), k_cache, v_cache, q, k, v, weight, weight, cos, sin, rows(cached),
@@ -113,7 +124,8 @@ def calls(rng: np.random.Generator) -> dict[str, tuple[list[Tensor], tuple[Any, 
 
 @pytest.mark.parametrize(
     "op",
-    ["norm_modulate", "residual_norm_modulate", "qk_norm_rope_store", "gather_rows", "scatter_rows", "confidence_pool"],
+    ["norm_modulate", "residual_norm_modulate", "rms_norm", "qk_norm_rope_store", "gather_rows", "scatter_rows",
+     "confidence_pool"],
 )
 def test_graph_capture(rng: np.random.Generator, op: str) -> None:
     """A captured call replayed on other numbers has the bits of a plain one."""

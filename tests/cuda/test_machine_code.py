@@ -40,6 +40,7 @@ SOURCES = {
         # Rows of 16-byte pieces of bf16: 5 blocks of 128. A row over a block: up to 512 threads. Else 3 of 128.
         {
             "norm_modulate.*I13__nv_bfloat16Li8E": 96, "norm_modulate.*Lb1E": 128, "norm_modulate": 168,
+            "rms_norm.*I13__nv_bfloat16Li8E": 96, "rms_norm.*Lb1E": 128, "rms_norm": 168,
             "qk_norm_rope": 96, "move_rows": 48,
         },
     ),

@@ -29,6 +29,10 @@ def residual_norm_modulate() -> Arguments:
     return added | norm_modulate()
 
 
+def rms_norm() -> Arguments:
+    return {"out": torch.randn(2, 5, 8), "x": torch.randn(2, 5, 8), "weight": torch.randn(8), "eps": 1e-6}
+
+
 def qk_norm_rope_store() -> Arguments:
     caches = {name: torch.randn(2, 9, 2, 4) for name in ("k_cache", "v_cache")}
     given = {name: torch.randn(2, 5, 8) for name in ("q", "k", "v")}
@@ -55,11 +59,13 @@ def confidence_pool() -> Arguments:
 
 MAKE: dict[str, Callable[[], Arguments]] = {
     make.__name__: make
-    for make in (norm_modulate, residual_norm_modulate, qk_norm_rope_store, gather_rows, scatter_rows, confidence_pool)
+    for make in (
+        norm_modulate, residual_norm_modulate, rms_norm, qk_norm_rope_store, gather_rows, scatter_rows, confidence_pool,
+    )
 }
 FUNCTIONS = {op: next(getattr(f, op) for f in (norm, pool, rope, rows) if hasattr(f, op)) for op in MAKE}
 OUTPUTS = {
-    "norm_modulate": ("out",), "residual_norm_modulate": ("sum", "out"), "gather_rows": ("out",),
+    "norm_modulate": ("out",), "residual_norm_modulate": ("sum", "out"), "rms_norm": ("out",), "gather_rows": ("out",),
     "qk_norm_rope_store": ("q_out", "k_cache", "v_cache"), "scatter_rows": ("x",), "confidence_pool": ("out",),
 }  # fmt: skip
 TENSORS = [(op, name) for op, make in MAKE.items() for name, value in make().items() if isinstance(value, Tensor)]
@@ -123,7 +129,7 @@ def test_outputs_that_share_memory_with_others(op: str, first: str, second: str)
     """The two start in the same byte; elements of different sizes are laid over each other."""
     arguments = MAKE[op]()
     a, b = arguments[first], arguments[second]
-    if {first, second} == {"sum", "x"}:
+    if {first, second} == {"sum", "x"} or (op, second) == ("rms_norm", "x"):
         memory = torch.randn(2, 6, 8)  # the very same tensor is allowed here, one that is shifted is not
         arguments[first], arguments[second] = memory[:, :5], memory[:, 1:]
     else:
@@ -168,6 +174,11 @@ SPOILT: dict[str, list[tuple[Callable[[Arguments], None], str]]] = {
         (rand(y=(1, 5, 8)), "y has shape [1, 5, 8], expected [B=2 as in sum"),
         (given(sum=torch.randn(X).bfloat16()), "out has dtype torch.float32, expected bfloat16 as"),
         (given(rows=torch.full((5,), 3)), "rows[0] is 3, expected 0 to 2"),
+    ],
+    "rms_norm": [
+        (rand(x=(2, 4, 8)), "x has shape [2, 4, 8], expected [B=2 as in out, A=5 as in out, C=8 as in out]"),
+        (rand(weight=(7,)), "weight has shape [7], expected [C=8 as in out]"),
+        (given(x=torch.randn(X).bfloat16()), "x has dtype torch.bfloat16, expected float32 as out"),
     ],
     "qk_norm_rope_store": [
         (rand(q_out=(2, 5, 2, 3), k_cache=(2, 9, 2, 3), v_cache=(2, 9, 2, 3)),

@@ -1,4 +1,4 @@
-"""norm_modulate, residual_norm_modulate against fp64 NumPy on every path: odd sizes, strided rows, strange numbers."""
+"""The norms against fp64 NumPy on every path: odd sizes, strided rows, strange numbers."""
 
 from __future__ import annotations
 
@@ -160,3 +160,55 @@ def test_nothing_to_do(path: str) -> None:
         out, total = torch.empty(shape), torch.empty(shape)
         call(path, "norm_modulate", out, torch.empty(shape), table, table, None, EPS)
         call(path, "residual_norm_modulate", total, out, *torch.empty(2, *shape), None, table, table, None, EPS)
+        call(path, "rms_norm", out, torch.empty(shape), torch.ones(5), EPS)
+
+
+# RMSNorm
+
+
+@dtypes
+@pytest.mark.parametrize("weight_dtype", FLOATS)
+@pytest.mark.parametrize("shape", [*(shape[:3] for shape in SHAPES), None])
+def test_rms_norm_against_fp64(
+    path: str, dtype: torch.dtype, weight_dtype: torch.dtype, shape: tuple[int, ...] | None, rng: np.random.Generator
+) -> None:
+    if shape is None:
+        shape = tuple(int(n) for n in rng.integers(1, (4, 20, 500)))
+        print(f"shape {shape}")
+    x, weight = Guarded(random(rng, *shape, dtype=dtype, scale=3)), random(rng, shape[2], dtype=weight_dtype)
+    out = Guarded(poison(*shape, dtype=dtype))
+    call(path, "rms_norm", out.tensor, x.tensor, weight, EPS, threads=2)
+    result = wide(x.tensor) / np.sqrt((wide(x.tensor) ** 2).mean(-1, keepdims=True) + EPS) * wide(weight)
+    half_ulp = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-24
+    assert (abs(wide(out.tensor) - result) <= (1.01 * half_ulp + 1e-6) * abs(result) + 1e-30).all()
+    call(path, "rms_norm", x.tensor, x.tensor, weight, EPS, threads=2)
+    assert same_bits(x.tensor, out.tensor) and x.intact() and out.intact()
+
+
+@dtypes
+def test_rms_norm_of_zeros_and_strange_numbers(path: str, dtype: torch.dtype) -> None:
+    """eps keeps zeros from being divided by zero; NaN and infinity stay in their row."""
+    x, weight = torch.zeros(1, 4, 70, dtype=dtype), torch.full((70,), 2.0)
+    x[0, 1, 69], x[0, 2, 3], x[0, 3] = float("nan"), float("inf"), 0.5
+    out = poison(1, 4, 70, dtype=dtype)
+    call(path, "rms_norm", out, x, weight, 0.75)
+    assert (out[0, 0] == 0).all() and (out[0, 3] == 1).all()
+    assert out[0, 1].isnan().all() and out[0, 2, 3].isnan() and (out[0, 2].nan_to_num(0) == 0).all()
+
+
+@kernels
+@dtypes
+def test_no_bit_of_rms_norm_depends_on_anything_else(
+    kernel: str, dtype: torch.dtype, rng: np.random.Generator
+) -> None:
+    x, weight = random(rng, 2, 300, 331, dtype=dtype), random(rng, 331)
+    expected = poison(2, 300, 331, dtype=dtype)
+    call("generic", "rms_norm", expected, x, weight, EPS)
+    for threads in (1, 2, 3, 8):
+        out = poison(2, 300, 331, dtype=dtype)
+        call(kernel, "rms_norm", out, x, weight, EPS, threads=threads)
+        assert same_bits(out, expected)
+    some = torch.from_numpy(rng.permutation(300)[:37])
+    out = poison(2, 37, 331, dtype=dtype)
+    call(kernel, "rms_norm", out, x[:, some], weight, EPS)
+    assert same_bits(out, expected[:, some])

@@ -155,6 +155,15 @@ def _norm(
     yield exact("out of skipped tokens", out[:, ~written], torch.full_like(out[:, ~written], math.nan))
 
 
+def _rms_norm(
+    b: Buffers, batch: int, active: int, width: int, weights: str = "float32", in_place: bool = False
+) -> Iterator[Check]:
+    x, weight = b.normal(batch, active, width) + 1, b.normal(width, dtype=getattr(torch, weights))
+    out = b.guarded(x) if in_place else b.poisoned(batch, active, width)
+    function("rms_norm")(out, out if in_place else x, weight, 1e-6)
+    yield compare("out", out, layers.rms_norm(x.float(), weight, 1e-6), 2e-6, 4e-6)
+
+
 def _rope(
     b: Buffers, batch: int, active: int, heads: int, dim: int, total: int, slots: str = "some", beyond: bool = False,
     weights: str = "float32",
@@ -362,6 +371,7 @@ def _attention_fp8(
 _OPS: dict[str, Callable[..., Iterator[Check]]] = {
     "norm_modulate": _norm,
     "residual_norm_modulate": partial(_norm, residual=True),
+    "rms_norm": _rms_norm,
     "qk_norm_rope_store": _rope,
     "gather_rows": partial(_rows, scatter=False),
     "scatter_rows": partial(_rows, scatter=True),

@@ -48,6 +48,12 @@ CASES = [
         {"batch": 1, "active": 7, "width": 19, "table": 4, "beyond": True, "in_place": True, "shared": True},
     ),
     *_each(
+        "rms_norm",
+        {"batch": 2, "active": 5, "width": 37},
+        {"batch": 1, "active": 3, "width": 64, "weights": "float16", "in_place": True},
+        {"batch": 1, "active": 1, "width": 1},
+    ),
+    *_each(
         "qk_norm_rope_store",
         {"batch": 2, "active": 5, "heads": 3, "dim": 10, "total": 11},
         {"batch": 1, "active": 4, "heads": 2, "dim": 16, "total": 7, "slots": "none", "weights": "float16"},

@@ -56,6 +56,7 @@ def call_all_but_attention(dtype: torch.dtype) -> set[str]:
     calls = {
         "norm_modulate": (x, x, table, table, rows, 1e-6),
         "residual_norm_modulate": (x, x, x, x, table, table, table, rows, 1e-6),
+        "rms_norm": (x, x, weight, 1e-6),
         "qk_norm_rope_store": (cache[:, :active], cache, cache, x, x, x, weight, weight, angles, angles, rows, 1e-6),
         "gather_rows": (x, cache.flatten(2), rows),
         "scatter_rows": (cache.flatten(2), rows, x),
@@ -76,15 +77,17 @@ def test_all_but_attention(arch: int, dtype: torch.dtype, tmp_path: Path) -> Non
         ops = call_all_but_attention(dtype)
     assert ops == {name for name in FAMILIES if "attention" not in name and not name.endswith("_scratch")}
     check(kernels, arch, {
-        "_norm_modulate", "_qk_norm_rope_store", "_move_rows", "_scores", "_partial", "_merge", "_philox_normal",
-        "_renoise", "_store_fresh", "_advance", "_exit_decision",
+        "_norm_modulate", "_rms_norm", "_qk_norm_rope_store", "_move_rows", "_scores", "_partial", "_merge",
+        "_philox_normal", "_renoise", "_store_fresh", "_advance", "_exit_decision",
     })  # fmt: skip
     for kernel in kernels:
         contracted = "fma.rn" in kernel.ptx
         if kernel.kernel in ("_philox_normal", "_renoise", "_store_fresh", "_advance"):
             assert not contracted, f"{kernel.kernel} has fused multiply-adds, which change bits"
             assert "approx" not in kernel.ptx and ".ftz" not in kernel.ptx
-        if kernel.kernel in ("_norm_modulate", "_qk_norm_rope_store", "_move_rows", "_renoise", "_advance"):
+        if kernel.kernel in (
+            "_norm_modulate", "_rms_norm", "_qk_norm_rope_store", "_move_rows", "_renoise", "_advance"
+        ):  # fmt: skip
             assert re.search(r"ld\.global\S*\.v4", kernel.ptx) and re.search(r"st\.global\S*\.v4", kernel.ptx)
         if kernel.kernel == "_partial":
             assert matrix_instructions(kernel)[r"mma\.sync"] > 0

@@ -181,6 +181,7 @@ const char* guarded(const Params& p, size_t size, Body body) {
     return guarded(*p, size, [](const auto& params) { dsa_rt::cuda::op(params, 0); });  \
   }
 EMULATED(norm_modulate, NormModulateParams)
+EMULATED(rms_norm, RmsNormParams)
 EMULATED(qk_norm_rope_store, QkNormRopeStoreParams)
 EMULATED(confidence_pool, ConfidencePoolParams)
 EMULATED(philox_normal, PhiloxNormalParams)
