@@ -55,7 +55,7 @@ ROWS = (
 )
 
 
-def call(device: torch.device, function: Callable[[], None]) -> Recorded:
+def call(device: torch.device, function: Callable[[], None], *, pool: Any = None) -> Recorded:
     """A recorder that records nothing."""
     function()
     return Recorded("eager", function, function)

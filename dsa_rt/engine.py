@@ -17,7 +17,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ CONTEXT = -1
 class Recorder(Protocol):
     """What makes a pass replayable, see :func:`dsa_rt.recording.record`."""
 
-    def __call__(self, device: torch.device, function: Callable[[], None]) -> Recorded: ...
+    def __call__(self, device: torch.device, function: Callable[[], None], *, pool: Any = None) -> Recorded: ...
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,10 @@ class Engine:
         self.arena = Arena(device)
         self.passes: dict[tuple[object, ...], tuple[Recorded, list[Output]]] = {}
         self.judgements: dict[tuple[object, ...], Recorded] = {}
-        self._record = recorder
+        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._record = partial(recorder, device, pool=pool)
+        # A graph of a device has what the host read while it was captured; what the CPU replays is read again.
+        self.bakes = device.type == "cuda"
         self._confidence, self._one = torch.zeros(1, device=device), torch.ones(1, device=device)
         self._refine = torch.zeros(1, dtype=torch.bool, device=device)
         count = sizes.lanes * 2 * self.chunk_tokens
@@ -222,7 +226,7 @@ class Engine:
         for lane in lanes:
             # What a graph holds of the ring repeats once it has gone round; before that chunks see more and more.
             around = self.sizes.places // math.gcd(self.sizes.places - self.sizes.sink, self.sizes.chunk)
-            cycle = 1 if self.device.type == "cpu" else min(chunks, self.sizes.places + around)
+            cycle = min(chunks, self.sizes.places + around) if self.bakes else 1
             for chunk in range(cycle):
                 self._visit([lane], chunk, taps)
         for lane in lanes:
@@ -274,7 +278,7 @@ class Engine:
         else:
             judge = self._judge(taps)
             judge()  # makes the buffers that are still missing
-            self.judgements[where] = self._record(self.device, judge)
+            self.judgements[where] = self._record(judge)
         return float(self._confidence[0])
 
     def _judge(self, taps: Sequence[Tensor]) -> Callable[[], None]:
@@ -331,9 +335,8 @@ class Engine:
         self, kind: tuple[object, ...], rows: Tensor, active: ActiveSet, text: TextKV, taps: bool
     ) -> Output:
         """A kind of pass over buffers that are always the same for it: recorded at first."""
-        # A graph of a device has what the host read while it was captured; what the CPU replays is read again.
         assert active.segments is not None
-        if self.device.type == "cuda":
+        if self.bakes:
             kind += tuple(active.segments.flatten().tolist())
         if kind in self.passes:
             recorded, made = self.passes[kind]
@@ -342,9 +345,10 @@ class Engine:
         made = []
         forward = self._forward(rows, active, text, taps, made)
         forward()  # makes the buffers that are still missing
-        passing = rows.shape[1] % self.chunk_tokens or (self.device.type == "cuda" and active.text_segments is not None)
-        if not passing:  # no part of a chunk, of a prompt that changes, and no company on CUDA: these are many
-            self.passes[kind] = self._record(self.device, forward), made
+        # A part of a chunk, when a prompt changes, and baked company do not come again soon.
+        passing = rows.shape[1] % self.chunk_tokens or (self.bakes and active.text_segments is not None)
+        if not passing:
+            self.passes[kind] = self._record(forward), made
         return made[0]
 
     def _forward(

@@ -84,7 +84,7 @@ class MemoryPlan:
 
 
 _REMEDIES = {
-    "kv_cache": "a smaller window, or with HSA kv_storage='auto', fewer frames or policy='dense'",
+    "kv_cache": "a smaller window, or with HSA kv_storage='fp8', fewer frames or policy='dense'",
     "velocities": "fewer frames, or a smaller height or width",
     "activations": "a smaller height or width",
     "output": "fewer frames, or stream() in place of a whole clip",

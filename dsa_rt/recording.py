@@ -51,7 +51,8 @@ def record(device: torch.device | str, function: Callable[[], object], *, pool: 
     no kernel for the dtype or processor. A program's replay takes the number of threads that torch has by then. It
     raises what the ops raise for row numbers and segments that have become wrong, before that op writes, and stays
     usable; :class:`dsa_rt.errors.OptionError` where another thread replays the same program, or while this one records.
-    A buffer must not be resized. On CUDA, a failed capture makes the recording eager.
+    A buffer must not be resized, and what Python reads of one without an op (``tolist``, ``numpy``) stays as it was. On
+    CUDA, a failed capture makes the recording eager.
 
     An exception of ``function`` is raised as it is, but for one of the capture; out of memory is always raised.
     """
@@ -102,7 +103,7 @@ def _address(tensor: Tensor) -> int:
 
 
 def _record_graph(device: torch.device, function: Callable[[], object], pool: Any) -> Recorded:
-    """By PyTorch's notes on CUDA graphs; compiled nowhere and not run on a GPU so far."""
+    """By PyTorch's notes on CUDA graphs; not run on a GPU so far."""
     stream, graph = _capture_stream(device), torch.cuda.CUDAGraph()
     with torch.cuda.device(device):
         current = torch.cuda.current_stream()

@@ -27,6 +27,7 @@ from dsa_rt.sampler.conditions import Conditions, image_conditions
 from dsa_rt.sampler.ode import Expert, solve
 from dsa_rt.sampler.rollout import DenoisedChunk, Launched, Rollout, launch, take
 from dsa_rt.stats import ChunkStats, Stats, frames_sha256, peak_memory
+from dsa_rt.trace import stage
 
 if TYPE_CHECKING:
     from dsa_rt.generate import Generate
@@ -276,7 +277,7 @@ class Session:
         return asked
 
     def _encode(self, prompt: str) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), stage("text"):
             return self._runtime.text_encoder.encode([checked_text(prompt)])
 
     def _encode_other(self, prompt: str) -> Tensor | None:
@@ -320,7 +321,7 @@ class Session:
         """Frames of a chunk. On CUDA the next chunk's first pass is launched meanwhile, where nobody else runs in the
         engine, so that neither the host nor the device waits for the other."""
         clock = Clock(self._runtime.device)
-        with self._decoding():
+        with stage("decode"), self._decoding():
             start = clock.mark()
             latents = self.settings.grid.unpatchify(done.x0)
             pixels = self._decoder.decode(latents)

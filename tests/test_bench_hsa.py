@@ -374,3 +374,16 @@ def test_speed(tmp_path: Path) -> None:
         shares = {name: round(row["token_steps"], 2) for name, row in made["policies"].items()}
         assert shares == {"dense": 1.0, "hsa-75a": 0.75, "hsa-75b": 0.75, "hsa-50": 0.5, "hsa-25": 0.25}
         assert all(ms["median"] > 0 for ms in made["forward"]["ms"].values())
+
+
+def test_storage(bundle: Path, tmp_path: Path) -> None:
+    main(["--storage", "--quick", "--bundle", str(bundle), "--prompts", "1", "--threads", "1", "--out", str(tmp_path),
+          "--quiet"])  # fmt: skip
+    result = read(tmp_path, "hsa-storage.json")
+    for policies in result["psnr"].values():
+        row = policies["hsa-50"]
+        assert row["host"] == {"frames": None, "latents": None}  # the same bits
+        assert all(20 < decibels < 100 for decibels in row["fp8"].values())
+    (run,) = result["memory"]
+    assert run["storage"] == "fp8" and run["before"] > 20 and run["whole_as_it_comes"] > 0
+    assert run["planned_sampling"] > 0 and 0 < run["sampling"] <= run["whole"]

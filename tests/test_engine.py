@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import graph_double
 import pytest
 import torch
 from tiny import make_model
@@ -46,9 +47,13 @@ class Allocations(TorchDispatchMode):
         return max(self.made, key=lambda pair: pair[1], default=("", 0))
 
 
-def eager(device: torch.device, function: Callable[[], None]) -> Recorded:
+def eager(device: torch.device, function: Callable[[], None], *, pool: object = None) -> Recorded:
     function()
     return Recorded("eager", function, function)
+
+
+def double(device: torch.device, function: Callable[[], None], *, pool: object = None) -> Recorded:
+    return graph_double.record(device, function)
 
 
 # The ring and the arena
@@ -111,10 +116,12 @@ def filled(engine: Engine, seed: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_replay_has_the_bits_of_the_pass(dtype: torch.dtype) -> None:
     """Every kind of pass, replayed over new rows, K/V, prompts, chunks and levels, against an engine that calls the
-    model each time; the recorded one calls it once for each kind, and in a replay no op of torch runs."""
+    model each time, and one whose recordings behave like graphs of a device; the recorded ones call the model for new
+    kinds alone, and in a replay on the CPU no op of torch runs."""
     model = make_model(3, dim=96, heads=4, layers=3).to(dtype).prepare()
     sizes = Sizes(TokenGrid(2, 3), 2, 5, 1, 7, (1.0, 0.8, 0.4))
-    engines = [Engine(model, None, sizes, torch.device("cpu"), *how) for how in ((), (eager,))]
+    engines = [Engine(model, None, sizes, torch.device("cpu"), *how) for how in ((), (eager,), (double,))]
+    engines[2].bakes = True
     lanes = [engine.lanes()[0] for engine in engines]
     calls = [0]
     model.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
@@ -136,7 +143,9 @@ def test_a_replay_has_the_bits_of_the_pass(dtype: torch.dtype) -> None:
             results.append([o.velocity.clone() for o in out] + [t.clone() for t in (*engine.cache.k, *engine.cache.v)])
             if engine is engines[0] and trial > 20:
                 assert calls[0] == before
-        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))
+    assert {recorded.kind for recorded, _ in engines[2].passes.values()} == {"graph"}
+    assert 10 < len(engines[2].passes) < 30  # one for each way to see the ring, and replayed when it comes again
     kinds = {recorded.kind for recorded, _ in engines[0].passes.values()}
     assert kinds == {"program"} and len(engines[0].passes) == 3  # each side and both, at any level
     with Allocations() as counted:

@@ -21,10 +21,14 @@ SCORES = ("relative", "change", "magnitude")
 
 @dataclass(frozen=True)
 class Allocated:
-    """``dsa_rt.sampler.ode.solve`` on a schedule of ``steps``; policy None: all tokens in every step."""
+    """``dsa_rt.sampler.ode.solve`` on a schedule of ``steps``; policy None: all tokens in every step.
+
+    storage: of K/V between steps, one of :data:`dsa_rt.sync.STORAGES`.
+    """
 
     steps: int
     policy: HSA | None = None
+    storage: str = "model"
 
     def __call__(self, clip: Clip) -> Tensor:
         if self.policy is None:
@@ -34,6 +38,7 @@ class Allocated:
         return solve(
             clip.model, clip.grid, clip.frames, clip.text, clip.empty, clip.sigmas(self.steps),
             clip.regime.guidance, clip.seed, lambda _passes, _confidence: None, lambda: None, plan=plan,
+            storage=self.storage,
         ).x0  # fmt: skip
 
 

@@ -107,7 +107,7 @@ def check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputError(
-            f"'{target}' exists: choose another name, or allow overwriting to replace that bundle"
+            f"'{target}' exists: choose another name, or replace that bundle with overwrite=True (--overwrite)"
         )
     if not (target / MANIFEST).is_file():
         raise OutputError(f"'{target}' is not a bundle and will not be overwritten: choose another name")

@@ -100,7 +100,7 @@ def convert(
     head = None
     if found.head is not None:
         taps = choices.taps if choices.taps is not None else TAPS.get(found.config.layers, ())
-        written["confidence_head"], head = parts.confidence_head(*found.head, found.config.heads, taps)
+        written["confidence_head"], head = parts.confidence_head(*found.head, found.config, taps)
     elif choices.taps is not None:
         raise OptionError(f"--taps was given, but '{source}' has no confidence head; leave it out")
     written |= {name: component.part for name, component in kept.items() if component is not None}
@@ -118,7 +118,10 @@ def _manifest(
     if not causal:
         given = [name for name in ("chunk_frames", "window", "sink") if getattr(choices, name) is not None]
         if given:
-            raise OptionError(f"{', '.join(given)} belong to a causal generator; leave them out, or say form='causal'")
+            raise OptionError(
+                f"{', '.join(given)}: only causal generators have that; leave it out, or say that this is one with "
+                "form='causal' (--form causal)"
+            )
     if (choices.boundary is not None) and len(found.generators) == 1:
         raise OptionError("a boundary belongs to two experts, and this checkpoint has one generator; leave it out")
     steps: int | tuple[float, ...] = FEW_STEPS if causal else STEPS

@@ -151,12 +151,17 @@ def config_of(
         raise BundleError(
             f"the checkpoint has no tensors of 'blocks.{absent[0]}.' but of later ones; one of its files is missing"
         )
+    if head_dim < 1 or dim % head_dim:
+        raise BundleError(
+            f"the checkpoint is {dim} wide, which heads of {head_dim} do not divide; heads are {head_dim} wide unless "
+            "a config.json in the folder of the safetensors file says otherwise"
+        )
     images = any(name.startswith("img_emb.") for name in shapes)
     return _config(
         "the checkpoint",
         dim=dim,
         ffn_dim=_shape(shapes, "blocks.0.ffn.0.weight", 2)[0],
-        heads=_divided("patch_embedding.weight", dim, head_dim),
+        heads=dim // head_dim,
         layers=len(numbers),
         in_channels=in_channels,
         out_channels=_divided("head.head.weight", _shape(shapes, "head.head.weight", 2)[0], math.prod(patch)),

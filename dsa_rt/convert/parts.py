@@ -133,8 +133,13 @@ def generator(source: Source, config: WanConfig, names: Mapping[str, str], diffu
     return matched(part, model, "the generator", source)
 
 
-def confidence_head(source: Source, names: Mapping[str, str], heads: int, taps: Sequence[int]) -> tuple[Part, Any]:
-    """The tensors of a confidence head by :mod:`dsa_rt.models.confidence`'s names, and its configuration."""
+def confidence_head(
+    source: Source, names: Mapping[str, str], model: WanConfig, taps: Sequence[int]
+) -> tuple[Part, ConfidenceConfig]:
+    """The tensors of a generator's confidence head by :mod:`dsa_rt.models.confidence`'s names, and its configuration.
+
+    BundleError where it does not fit the generator, OptionError for taps that do not rise.
+    """
     part = {name: Move(source, key, source.entries[key]) for name, key in names.items()}
     blocks = {name.split(".")[1] for name in part if name.startswith("blocks.")}
     if "blocks.0.ffn.0.weight" not in part or len(blocks) != len(taps):
@@ -143,7 +148,13 @@ def confidence_head(source: Source, names: Mapping[str, str], heads: int, taps: 
             f"with --taps (0-based; now {', '.join(map(str, taps)) or 'none'})"
         )
     ffn_dim, dim = part["blocks.0.ffn.0.weight"].entry.shape
-    config = ConfidenceConfig(dim, heads, ffn_dim, tuple(taps))
+    config = ConfidenceConfig(dim, model.heads, ffn_dim, tuple(taps))
+    if dim != model.dim or config.taps[-1] >= model.layers:
+        raise BundleError(
+            f"{source.files[0]}: a confidence head of width {dim} that reads blocks {', '.join(map(str, taps))} does "
+            f"not fit a generator of width {model.dim} with blocks 0 to {model.layers - 1}; choose other --taps, or "
+            "the head of this generator"
+        )
     with torch.device("meta"):
         head = ConfidenceHead(config)
     return matched(part, head, "the confidence head", source), config

@@ -156,9 +156,10 @@ def open_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))  # without torch's advice to open it all the same
         raise BundleError(
-            f"'{path}' holds Python objects that are not tensors and was not opened, as they could run code; save its "
-            f"tensors alone with torch.save ({' '.join(str(error).split())[:200]})"
+            f"'{path}' holds Python objects that are not tensors{f' ({short(found[1])})' if found else ''} and was not "
+            "opened, as they could run code; save its tensors alone with torch.save"
         ) from error
     except (RuntimeError, ValueError, EOFError, KeyError) as error:
         raise BundleError(

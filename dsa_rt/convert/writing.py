@@ -134,7 +134,7 @@ def _begun(begun: Path, plan: str, overwrite: bool) -> Journal:
     if fault is None:
         return journal
     if not overwrite:
-        raise OutputError(f"'{begun}' {fault}; remove it, or allow overwriting to begin anew")
+        raise OutputError(f"'{begun}' {fault}; remove it, or begin anew with overwrite=True (--overwrite)")
     with _locked(begun):
         shutil.rmtree(begun)
     return Journal(plan, [])

@@ -20,6 +20,7 @@ from dsa_rt.policy.steps import CONDITIONS, StepPlan
 from dsa_rt.sampler.conditions import Conditions
 from dsa_rt.sampler.rollout import DenoisedChunk
 from dsa_rt.sync import SyncCache, sync_caches
+from dsa_rt.trace import stage
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +111,8 @@ def solve(
         if len(active.tokens):
             rows = x if active is dense else x[:, active.tokens]
             rows = conditions.join(rows, active.tokens, grid.patch[1] * grid.patch[2])
-            velocity = expert.velocity(rows, active, conditions.timesteps(sigma, device), kept)
+            with stage("step"):
+                velocity = expert.velocity(rows, active, conditions.timesteps(sigma, device), kept)
             passes += 1
         if line is not None:
             line.observe(active.tokens, velocity, velocity_cache, sigma, fresh_start=step == switch)

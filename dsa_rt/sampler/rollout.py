@@ -21,6 +21,7 @@ from dsa_rt.engine import CONTEXT, Lane, Piece
 from dsa_rt.models.wan import Output
 from dsa_rt.ops import step as ops
 from dsa_rt.policy.base import Decider
+from dsa_rt.trace import stage
 
 OnPass = Callable[[int, float | None], None]
 OnContext = Callable[[int], None]
@@ -178,7 +179,7 @@ def launch(rollouts: Sequence[Rollout]) -> Launched:
     """Start one pass for all of these, which are in lanes of one engine. Nothing else may run in it before
     :func:`take`."""
     engine = rollouts[0].lane.engine
-    with engine.working():
+    with engine.working(), stage("pass"):
         pieces = [rollout.pieces() for rollout in rollouts]
         began = Clock(engine.device).mark()
         results = iter(engine.run(list(chain(*pieces)), taps=any(r.judged for r in rollouts)))
@@ -189,7 +190,7 @@ def launch(rollouts: Sequence[Rollout]) -> Launched:
 def take(launched: Launched) -> list[DenoisedChunk | None]:
     """Decide and renoise; for each rollout the chunk that it finished."""
     parts = zip(launched.rollouts, launched.pieces, launched.results, strict=True)
-    with launched.rollouts[0].lane.engine.working():
+    with launched.rollouts[0].lane.engine.working(), stage("decide and renoise"):
         return [rollout.take(pieces, results, launched.began) for rollout, pieces, results in parts]
 
 

@@ -28,15 +28,17 @@ typedef int32_t Ints __attribute__((vector_size(vector_bytes)));
 typedef uint32_t Words __attribute__((vector_size(vector_bytes)));
 typedef uint16_t Halves __attribute__((vector_size(vector_bytes / 2)));
 
-#if !defined(__AVX512F__)
 // Halves to words and back; GCC 12 makes several instructions of __builtin_convertvector where there is one.
 DSA_RT_INLINE Words widen(Halves halves) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  return (Words)_mm512_cvtepu16_epi32((__m256i)halves);
+#elif defined(__AVX2__)
   return (Words)_mm256_cvtepu16_epi32((__m128i)halves);
 #else
   return __builtin_convertvector(halves, Words);
 #endif
 }
+#if !defined(__AVX512F__)
 DSA_RT_INLINE Halves narrow(Words words) {  // below 2^16
 #if defined(__AVX2__)
   const __m256i packed = _mm256_packus_epi32((__m256i)words, (__m256i)words);

@@ -28,7 +28,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_overwriting_needs_the_flag(folder: Path) -> None:
     before = contents(folder.parent)
-    with pytest.raises(OutputError, match=f"'{folder}' exists: .*overwriting"):
+    with pytest.raises(OutputError, match=f"'{folder}' exists: .*overwrite=True"):
         write_bundle(folder, make_manifest(), make_tensors(seed=1))
     assert contents(folder.parent) == before
     write_bundle(folder, make_manifest(), make_tensors(seed=1), overwrite=True, shard_bytes=1)

@@ -68,7 +68,7 @@ def test_what_is_lacking_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[st
         (["wan.safetensors", "b", "--timesteps", "1000;500"], 2, "--timesteps is '1000;500'"),
         (["wan.safetensors", "b", "--taps", "1.5"], 2, "--taps is '1.5'"),
         (["wan.safetensors", "b", "--taps", "1"], 2, "has no confidence head"),
-        (["wan.safetensors", "b", "--window", "3"], 2, "window belong to a causal generator"),
+        (["wan.safetensors", "b", "--window", "3"], 2, "window: only causal generators have that"),
         (["wan.safetensors", "b", "--shift", "-1"], 3, "shift is -1"),
         (["wan.safetensors", "no/b"], 4, "there is no folder"),
         (["wan.safetensors", "wan.safetensors"], 4, "exists"),

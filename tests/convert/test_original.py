@@ -13,6 +13,7 @@ from published import CHANNELS, original_config, original_state, transformer, wr
 from safetensors.torch import save_file
 from torch import Tensor
 
+import dsa_rt
 from dsa_rt.bundle import Bundle, open_bundle
 from dsa_rt.convert import Choices, convert
 from dsa_rt.convert.names import from_original
@@ -57,6 +58,23 @@ def test_shards(tmp_path: Path, index: bool, config: bool) -> None:
     found = bundle.config("architecture", WanConfig)
     assert (found.heads, found.layers, found.text_length) == (2 if config else 1, 3, 512)
     assert bundle.manifest.schedule.shift == 5.0 and bundle.manifest.latent.channels == CHANNELS
+
+
+def test_makes_the_video_of_the_diffusers_export(published: Published, tmp_path: Path) -> None:
+    """The same weights in the original layout, with the encoder and the codec of the pipeline: the same frames."""
+    model = transformer()
+    write_shards(tmp_path / "wan", original_state(model), 2, index=True)
+    write_json(tmp_path / "wan" / "config.json", original_config(model, "t2v"))
+    choices = Choices(steps=5, shift=3.0, height=32, width=48, frames=5)
+    convert(tmp_path / "wan", tmp_path / "original", components=[published("t2v")], choices=choices)
+    convert(published("t2v"), tmp_path / "diffusers", choices=choices)
+    policy = "hsa:groups=0.5@5+0.5@1,window=0.6,selection=random"
+    one, other = (
+        dsa_rt.load(tmp_path / name, dtype="fp32").compile(policy=policy)("a red ball", seed=2)
+        for name in ("original", "diffusers")
+    )
+    assert one.frames.shape == (5, 32, 48, 3) and torch.equal(one.frames, other.frames)
+    assert one.frames.float().std() > 10 and one.latents.std() > 0.3
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "model.", "diffusion_model.", "module.model."])

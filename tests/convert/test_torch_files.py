@@ -107,6 +107,15 @@ def test_confidence_head(tmp_path: Path, place: str) -> None:
         convert(tmp_path / "dsa.pt", tmp_path / "c")
 
 
+@pytest.mark.parametrize(("taps", "width"), [((0, 3), 128), ((0, 2), 256)])
+def test_a_head_of_another_generator(tmp_path: Path, taps: tuple[int, ...], width: int) -> None:
+    head = ConfidenceHead(ConfidenceConfig(width, 1, 64, (0, 2)))
+    torch.save({"generator": states()[0], "confidence_head": head.state_dict()}, tmp_path / "a.pt")
+    with pytest.raises(BundleError, match=rf"width {width} that reads blocks .* of width 128 with blocks 0 to 2"):
+        convert(tmp_path / "a.pt", tmp_path / "b", choices=Choices(taps=taps))
+    assert not list(tmp_path.glob("b*"))
+
+
 def test_taps_without_a_head(tmp_path: Path) -> None:
     torch.save(states()[0], tmp_path / "a.pt")
     with pytest.raises(OptionError, match="--taps was given, but .* has no confidence head"):

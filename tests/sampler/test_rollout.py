@@ -42,7 +42,7 @@ class ScriptedDecider:
         return passes < self.passes[chunk]
 
 
-def eager(device: torch.device, function: Callable[[], None]) -> Recorded:
+def eager(device: torch.device, function: Callable[[], None], *, pool: object = None) -> Recorded:
     function()
     return Recorded("eager", function, function)
 
