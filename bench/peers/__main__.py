@@ -30,11 +30,15 @@ from bench.prompts import Case, held_out_cases
 from dsa_rt.errors import OptionError
 from dsa_rt.generate import Generate
 from dsa_rt.media import Video
+from dsa_rt.suite.random_weights import random_runtime
+from dsa_rt.suite.scripted import suite_policy
 from dsa_rt.suite.turns import WARM_UP_RULE, in_turns, warm_up
 
 BOUND = 1e-3  # of latents, between ours and a peer in fp32
 HSA = {"hsa-50": "hsa-50:groups=0.16@20+0.84@5,steps=20", "hsa-25": "hsa-25:steps=20"}  # as published, on 20 steps
 
+Size = Mapping[str, int | None]
+Open = Callable[[str, str], dsa_rt.Runtime]
 Figures = Mapping[str, tuple[str, str, float | None]]
 STREAMING: Figures = {  # figure: (ours, peer, what it must reach)
     "DSA end to end, plain loop at the same NFE": ("ours dsa", "plain loop, passes of dsa", 1.5),
@@ -67,9 +71,9 @@ class Ways:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def streaming(runtime: dsa_rt.Runtime, cases: Sequence[Case], frames: int | None) -> Ways:
-    """Clips of a causal bundle, end to end."""
-    dense, dsa = (runtime.compile(frames=frames, policy=policy) for policy in ("dense", "dsa"))
+def streaming(runtime: dsa_rt.Runtime, cases: Sequence[Case], size: Size, policy: str) -> Ways:
+    """Clips of a causal bundle, end to end. policy: what "dsa" stands for."""
+    dense, dsa = (runtime.compile(**size, policy=suite_policy(name)) for name in ("dense", policy))
     taken = [passes_of(_clip(dsa, case)) for case in cases]
 
     def ours(generate: Generate) -> Callable[[int], float]:
@@ -98,7 +102,7 @@ def streaming(runtime: dsa_rt.Runtime, cases: Sequence[Case], frames: int | None
     return ways
 
 
-def many_step(runtime: dsa_rt.Runtime, cases: Sequence[Case], frames: int | None, steps: int, compiled: bool) -> Ways:
+def many_step(runtime: dsa_rt.Runtime, cases: Sequence[Case], size: Size, steps: int, compiled: bool) -> Ways:
     """Seconds per step of clips of a bidirectional bundle."""
 
     def per_step(generate: Generate, run: Callable[[Case], float]) -> Callable[[int], float]:
@@ -106,14 +110,14 @@ def many_step(runtime: dsa_rt.Runtime, cases: Sequence[Case], frames: int | None
         return lambda number: run(cases[number]) / count
 
     def ours(policy: str, **options: int) -> Callable[[int], float]:
-        generate = runtime.compile(frames=frames, policy=policy, **options)
+        generate = runtime.compile(**size, policy=policy, **options)
         return per_step(generate, lambda case: _clip(generate, case).stats.denoise_ms / 1000)
 
     def theirs(loop: DiffusersLoop | GatherLoop) -> Callable[[int], float]:
         return per_step(loop.generate, lambda case: loop(case.prompt, case.seed).seconds)
 
     ways = Ways({"ours dense": ours("dense", steps=steps)})
-    dense = runtime.compile(frames=frames, policy="dense", steps=steps)
+    dense = runtime.compile(**size, policy="dense", steps=steps)
     try:
         ways.timed["diffusers"] = theirs(DiffusersLoop(dense))
         if not compiled:
@@ -123,26 +127,26 @@ def many_step(runtime: dsa_rt.Runtime, cases: Sequence[Case], frames: int | None
         ways.refused["diffusers" if "diffusers" not in ways.timed else "diffusers, torch.compile"] = str(error)
     for name, policy in HSA.items():
         ways.timed[f"ours {name}"] = ours(policy)
-        ways.timed[f"gather {name}"] = theirs(GatherLoop(runtime.compile(frames=frames, policy=policy)))
+        ways.timed[f"gather {name}"] = theirs(GatherLoop(runtime.compile(**size, policy=policy)))
     return ways
 
 
-def check(bundle: str, many: str, device: str, frames: int | None, steps: int, case: Case) -> dict[str, float]:
+def check(open_runtime: Open, size: Size, steps: int, case: Case, policy: str) -> dict[str, float]:
     """Largest difference of latents between ours and each peer, fp32; RuntimeError above :data:`BOUND`."""
     found = {}
-    runtime = dsa_rt.load(bundle, device=device, dtype="fp32")
-    for policy in ("dense", "dsa"):
-        generate = runtime.compile(frames=frames, policy=policy)
+    runtime = open_runtime("causal", "fp32")
+    for name in ("dense", policy):
+        generate = runtime.compile(**size, policy=suite_policy(name))
         video = _clip(generate, case)
         clip = PlainLoop(generate)(case.prompt, runtime_noise(generate, case.seed), *passes_of(video))
         assert clip.model_calls == video.stats.model_calls
-        found[f"plain loop, {policy}"] = _difference(clip.latents, video)
-    runtime = dsa_rt.load(many, device=device, dtype="fp32")
+        found[f"plain loop, {name}"] = _difference(clip.latents, video)
+    runtime = open_runtime("bidirectional", "fp32")
     loops: dict[str, DiffusersLoop | GatherLoop] = {
-        f"gather {name}": GatherLoop(runtime.compile(frames=frames, policy=policy)) for name, policy in HSA.items()
+        f"gather {name}": GatherLoop(runtime.compile(**size, policy=policy)) for name, policy in HSA.items()
     }
     with contextlib.suppress(OptionError):  # not installed; said where it would have been timed
-        loops["diffusers"] = DiffusersLoop(runtime.compile(frames=frames, policy="dense", steps=steps))
+        loops["diffusers"] = DiffusersLoop(runtime.compile(**size, policy="dense", steps=steps))
     for name, loop in loops.items():
         found[name] = _difference(loop(case.prompt, case.seed).latents, _clip(loop.generate, case))
     for name, difference in found.items():
@@ -188,6 +192,18 @@ def ratios(taken: Mapping[str, Sequence[float]], figures: Figures) -> dict[str, 
 def missing(found: Mapping[str, Any], figures: Figures) -> list[str]:
     """Figures with a target that were not measured."""
     return [figure for figure, (_, _, target) in figures.items() if target is not None and figure not in found]
+
+
+def opener(options: Namespace) -> Open:
+    """What opens the runtime of a form in a dtype: bundles, or with --size random weights."""
+    bundles = {"causal": options.bundle, "bidirectional": options.many_step}
+
+    def open_runtime(form: str, dtype: str) -> dsa_rt.Runtime:
+        if options.size is None:
+            return dsa_rt.load(bundles[form], device=options.device, dtype=dtype)
+        return random_runtime(options.size, form, options.device, dtype)
+
+    return open_runtime
 
 
 def report(parts: Mapping[str, Mapping[str, Any]]) -> str:
@@ -238,7 +254,14 @@ def settings(arguments: Sequence[str] | None) -> Namespace:
     parse = common.parser("peers", "Ours and what others run, on the same weights, in turns.")
     parse.add_argument("--many-step", default="demo-many-step", metavar="BUNDLE", help="the bidirectional bundle")
     parse.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
-    parse.add_argument("--frames", type=common.positive, help="length of every clip (the bundle's)")
+    parse.add_argument(
+        "--size", help="random weights of that size in place of both bundles, for speed: wan2.1-t2v-1.3b, …"
+    )
+    parse.add_argument(
+        "--policy", help="what is called dsa: a policy (dsa; with --size scripted:0,2,5, which refines chunks 0, 2, 5)"
+    )
+    for name in ("frames", "height", "width"):
+        parse.add_argument(f"--{name}", type=common.positive, help="of every clip (the bundle's)")
     parse.add_argument("--steps", type=common.positive, default=8, help="steps of a dense many-step clip")
     parse.add_argument("--rounds", type=common.positive, default=7, help="timed turns of every way")
     parse.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes a minute")
@@ -250,17 +273,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = settings(arguments)
     torch.set_num_threads(options.threads)
     result = common.fingerprint("peers", options, warm_up=WARM_UP_RULE, included=INCLUDES)
-    cases = held_out_cases(options.rounds)
-    result["largest_difference_fp32"] = check(
-        options.bundle, options.many_step, options.device, options.frames, options.steps, cases[0]
-    )
-    load = {"device": options.device, "dtype": options.dtype}
+    cases, open_runtime = held_out_cases(options.rounds), opener(options)
+    size = {name: getattr(options, name) for name in ("frames", "height", "width")}
+    policy = options.policy or ("dsa" if options.size is None else "scripted:0,2,5")
+    result["largest_difference_fp32"] = check(open_runtime, size, options.steps, cases[0], policy)
+    result["random_weights"] = options.size is not None
     parts: dict[str, dict[str, Any]] = {}
-    runtime = dsa_rt.load(options.bundle, **load)
-    parts["streaming"] = measure(streaming(runtime, cases, options.frames), options.rounds, options.quiet)
+    runtime = open_runtime("causal", options.dtype)
+    parts["streaming"] = measure(streaming(runtime, cases, size, policy), options.rounds, options.quiet)
     parts["streaming"]["ratios"] = ratios(parts["streaming"]["seconds"], STREAMING)
-    runtime = dsa_rt.load(options.many_step, **load)
-    ways = many_step(runtime, cases, options.frames, options.steps, not options.no_compile)
+    runtime = open_runtime("bidirectional", options.dtype)
+    ways = many_step(runtime, cases, size, options.steps, not options.no_compile)
     parts["many_step"] = measure(ways, options.rounds, options.quiet)
     parts["many_step"]["ratios"] = ratios(parts["many_step"]["seconds"], MANY_STEP)
     result |= {"threads": torch.get_num_threads(), "dtype": str(runtime.dtype)} | parts
@@ -273,7 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"MISSED {figure}: {row['ratio']['median']:.2f}, must reach {row['target']:g}"
         for part in parts.values() for figure, row in part["ratios"].items() if row["met"] is False
     ]  # fmt: skip
-    print(*lines, sep="\n")
+    for line in lines:
+        print(line)
     if busy := common.warn_if_busy(result):
         print(busy)
     print("written:", common.show_path(common.write_json(options.out, "peers.json", result)))

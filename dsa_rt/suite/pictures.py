@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ def throughput(result: Mapping[str, Any], path: Path) -> Path:
 def roofline(result: Mapping[str, Any], path: Path) -> Path:
     """Achieved TFLOP/s of every case against its operations per byte, under what the machine reached in this run."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     cases = result["cases"]
     figure = Figure((10, 5), layout="constrained")
@@ -89,8 +90,11 @@ def roofline(result: Mapping[str, Any], path: Path) -> Path:
     for colour, marker, (x, y, case) in zip(_cycle(), _markers(), points, strict=False):
         share = f"{case['roofline']['share']:.0%}"
         axes.plot(x, y, marker, color=colour, ms=9, label=f"{case['name']}: {share} of its roof", mec="white", mew=0.6)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
+        scale("log")
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("operations per byte that must be moved (weights and K/V, once a pass)")
     axes.set_ylabel("TFLOP/s, denoise and context passes")
     axes.grid(alpha=0.25, which="both")
@@ -99,40 +103,55 @@ def roofline(result: Mapping[str, Any], path: Path) -> Path:
 
 
 def timeline(result: Mapping[str, Any], path: Path) -> Path:
-    """One run: a bar for everything that an event reported, from the event before it to its own."""
+    """One run: a bar for everything that an event reported, from the event before it to its own. A context pass and the
+    next chunk's first pass that ran as one have the same bar, in either row."""
     from matplotlib.figure import Figure
 
     line = result["timeline"]
     case = next(case for case in result["cases"] if case["name"] == line["case"])
     events = [event for event in line["events"] if event["kind"] in STAGES]
     chunks = 1 + max(event["chunk"] for event in events)
-    figure = Figure((11, 1.5 + 0.4 * chunks), layout="constrained")
+    figure = Figure((12, 1.5 + 0.4 * chunks), layout="constrained")
     axes = figure.subplots()
-    before, drawn = 0.0, set()
-    for event in line["events"]:
-        kind, end = event["kind"], 1000 * event["seconds"]
-        if kind in STAGES:
-            label = _WORDS[kind] if kind not in drawn else None
-            row = event["chunk"]
-            axes.barh(row, end - before, 0.75, left=before, color=STAGES[kind], label=label, ec="white", lw=0.8)
-            if kind == "pass" and end - before > 0.012 * 1000 * line["events"][-1]["seconds"]:
-                axes.text((before + end) / 2, row, str(event["passes"]), ha="center", va="center", color="white",
-                          fontsize=7)  # fmt: skip
-            drawn.add(kind)
-        before = end
+    last, drawn = 1000 * line["events"][-1]["seconds"], set()
+    for event, begin, end in _spans(line["events"]):
+        kind, row = event["kind"], event["chunk"]
+        label = _WORDS[kind] if kind not in drawn else None
+        axes.barh(row, end - begin, 0.75, left=begin, color=STAGES[kind], label=label, ec="white", lw=0.8)
+        if kind == "pass" and end - begin > 0.012 * last:
+            axes.text((begin + end) / 2, row, str(event["passes"]), ha="center", va="center", color="white", fontsize=7)
+        drawn.add(kind)
     due, fps = _due(line["events"], case), case["made"]["fps"]
     for chunk, at in enumerate(due):
         label = f"needed by a player at {fps:g} frames/s" if chunk == 0 else None
         axes.plot([at, at], [chunk - 0.45, chunk + 0.45], color="#aa0000", lw=1.5, label=label)
     axes.set_yticks(range(chunks), [f"chunk {chunk}" for chunk in range(chunks)], fontsize=8)
     axes.set_ylim(chunks - 0.4, -0.6)
-    axes.set_xlim(0, 1.02 * max(before, 0))
+    axes.set_xlim(0, 1.02 * last)
     axes.set_xlabel("milliseconds since the call; the number in a bar counts the passes of its chunk")
     axes.set_title(f"{line['case']}: policy {case['made']['policy']}, {case['made']['device']}", fontsize=9, loc="left")
-    axes.legend(fontsize=8, loc="upper right")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     axes.grid(axis="x", alpha=0.25)
     axes.set_axisbelow(True)
     return _save(figure, path)
+
+
+def _spans(events: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], float, float]]:
+    """(event, begin, end) in milliseconds of everything that took time."""
+    spans, before = [], 0.0
+    for number, event in enumerate(events):
+        end = 1000 * event["seconds"]
+        following = events[number + 1] if number + 1 < len(events) else None
+        joint = (
+            following is not None and event["kind"] == "context" and following["kind"] == "pass"
+            and following["chunk"] == event["chunk"] + 1
+            and 1000 * following["seconds"] - end < 0.1 * (end - before)  # reported one after the other
+        )  # fmt: skip
+        if event["kind"] in STAGES:
+            spans.append((event, before, end))
+        if not joint:
+            before = end
+    return spans
 
 
 def _due(events: list[Mapping[str, Any]], case: Mapping[str, Any]) -> list[float]:

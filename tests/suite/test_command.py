@@ -112,7 +112,7 @@ def test_roofline_draws_points_under_roofs(result: dict[str, Any], drawn: list[F
 def test_timeline_draws_every_pass_where_it_ran(result: dict[str, Any], drawn: list[Figure], tmp_path: Path) -> None:
     events = [("text", 0, 0, 0.1), ("pass", 0, 1, 0.3), ("pass", 0, 2, 0.6), ("context", 0, 2, 0.7),
               ("decode", 0, 2, 1.0), ("chunk", 0, 2, 1.0), ("pass", 1, 1, 1.5), ("decode", 1, 1, 2.6),
-              ("chunk", 1, 1, 2.6)]  # fmt: skip
+              ("chunk", 1, 1, 2.6), ("context", 1, 1, 3.0), ("pass", 2, 1, 3.01)]  # fmt: skip
     result["timeline"] = {"case": "refined", "events": [
         dict(zip(("kind", "chunk", "passes", "seconds"), event, strict=True)) for event in events
     ]}  # fmt: skip
@@ -120,7 +120,7 @@ def test_timeline_draws_every_pass_where_it_ran(result: dict[str, Any], drawn: l
     pictures.timeline(result, tmp_path / "a.png")
     bars = [(p.get_x(), p.get_x() + p.get_width(), round(p.get_y() + 0.375)) for p in drawn[0].axes[0].patches]
     expected = [(0, 100, 0), (100, 300, 0), (300, 600, 0), (600, 700, 0), (700, 1000, 0), (1000, 1500, 1),
-                (1500, 2600, 1)]  # fmt: skip
+                (1500, 2600, 1), (2600, 3000, 1), (2600, 3010, 2)]  # fmt: skip
     assert [pytest.approx(bar) for bar in expected] == bars
     needed = [line.get_xdata()[0] for line in drawn[0].axes[0].lines]
     assert needed == [1000, 1500]  # 8 frames at 16 a second after the first chunk

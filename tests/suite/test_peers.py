@@ -58,6 +58,17 @@ def test_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "not run: diffusers, torch.compile" in printed and "DSA end to end, plain loop at the same NFE" in printed
 
 
+def test_random_weights(tmp_path: Path) -> None:
+    code = peers.main([
+        "--size", "tiny", "--frames", "33", "--height", "16", "--width", "32", "--policy", "scripted:1", "--dtype",
+        "fp32", "--steps", "2", "--rounds", "1", "--no-compile", "--threads", str(torch.get_num_threads()), "--out",
+        str(tmp_path), "--quiet",
+    ])  # fmt: skip
+    result = json.loads((tmp_path / "peers.json").read_text())
+    assert code in (0, 1) and result["random_weights"] is True
+    assert result["largest_difference_fp32"].keys() >= {"plain loop, dense", "plain loop, scripted:1", "diffusers"}
+
+
 def run(folder: Path, *options: str) -> int:
     bundles = [make_bundle(folder / form, form) for form in ("causal", "bidirectional")]
     return peers.main([
