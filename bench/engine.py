@@ -78,10 +78,11 @@ def lanes_for(generate: Generate, row: Row) -> list[Lane]:
     if not row.joint:
         for lane in lanes:
             lane.__class__ = Apart
-    engine.warm_up(lanes, s.chunks, judged=True)
     rows = runtime.text_encoder.encode([PROMPT])
-    for lane in lanes:
-        engine.read_prompt(lane, rows)
+    with engine.working():
+        engine.warm_up(lanes, s.chunks, judged=True)
+        for lane in lanes:
+            engine.read_prompt(lane, rows)
     return lanes
 
 
@@ -105,11 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write ``engine.json``."""
     parse = common.parser("engine", "What each part of the compiled function saves.")
     parse.add_argument("--policies", type=common.names, default=("dense", "dsa"), help="names, spaces between")
+    parse.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1")
     parse.add_argument("--runs", type=common.positive, default=15, help="timed clips of each row")
     options = parse.parse_args(arguments)
     torch.set_num_threads(options.threads)
     result = common.fingerprint("engine", options, included=INCLUDES, warm_up="three clips of each row, thrown away")
-    runtime = dsa_rt.load(options.bundle, dtype=options.dtype)
+    runtime = dsa_rt.load(options.bundle, options.device, options.dtype)
     tables: dict[str, Any] = {}
     for policy in options.policies:
         generate = runtime.compile(policy=policy)

@@ -105,7 +105,8 @@ class Generate:
         try:
             engine = Engine(runtime.model, runtime.head, sizes, runtime.device)
             lanes = engine.lanes()
-            engine.warm_up(lanes, s.chunks, judged=not isinstance(s.policy, Fixed))
+            with engine.working():
+                engine.warm_up(lanes, s.chunks, judged=not isinstance(s.policy, Fixed))
         except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for either kind of memory
             if isinstance(error, RuntimeError) and "memory" not in str(error):
                 raise

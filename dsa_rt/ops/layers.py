@@ -160,13 +160,25 @@ def linear(layer: nn.Linear, x: Tensor, *, activation: str = "none", out: Tensor
         matmul.linear(out, x, packed, activation)
         return out
     weight, bias = layer.weight, layer.bias
-    framework_gelu = activation == "gelu" and x.is_cuda and not wants_gradient(x, weight, bias)
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         x = x.to(weight.dtype)
-    if framework_gelu and x.dtype == weight.dtype == bias.dtype:
-        hidden = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
-        return _given(out, hidden.unflatten(0, x.shape[:-1]))
+    direct = x.is_cuda and x.dtype == weight.dtype == bias.dtype and not wants_gradient(x, weight, bias)
+    if direct and (out is None or out.is_contiguous()):
+        return in_one_product(x, weight, bias, activation, out)
     return _given(out, reference.activate(F.linear(x, weight, bias), activation))
+
+
+def in_one_product(x: Tensor, weight: Tensor, bias: Tensor, activation: str, out: Tensor | None) -> Tensor:
+    """Layer and tanh GELU in one product of the framework (cuBLASLt's epilogue on CUDA), straight into ``out``; other
+    activations follow."""
+    shape = (*x.shape[:-1], len(weight))
+    out = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else out
+    product, rows = (bias, x.flatten(0, -2), weight.t()), out.view(-1, len(weight))
+    if activation == "gelu":
+        torch._addmm_activation(*product, use_gelu=True, out=rows)
+        return out
+    torch.addmm(*product, out=rows)
+    return out if activation == "none" else out.copy_(reference.activate(out, activation))
 
 
 def pack(layer: nn.Linear, of: Sequence[nn.Linear] = ()) -> bool:

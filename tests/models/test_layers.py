@@ -286,6 +286,19 @@ def test_a_dtype_without_kernel() -> None:
     assert ops.confidence_pool(torch.randn(2, 6), x, torch.ones(12).half(), y, EPS).dtype == torch.float32
 
 
+@pytest.mark.parametrize("activation", ["none", "gelu", "gelu_erf", "silu"])
+@pytest.mark.parametrize("given", [False, True])
+def test_linear_in_one_product(activation: str, given: bool) -> None:
+    """What a CUDA device runs, with the framework's CPU product, whose fused GELU is the exact one: the layer's values,
+    in the memory that was given."""
+    layer, x = torch.nn.Linear(7, 5).requires_grad_(False), torch.randn(2, 3, 7)
+    out = torch.full((2, 3, 5), torch.nan) if given else None
+    made = ops.in_one_product(x, layer.weight, layer.bias, activation, out)
+    assert made.shape == (2, 3, 5) and (out is None or made.data_ptr() == out.data_ptr())
+    fused = {"gelu": "gelu_erf"}.get(activation, activation)
+    torch.testing.assert_close(made, reference.activate(layer(x), fused))
+
+
 def test_linear_with_gelu() -> None:
     linear, x = torch.nn.Linear(5, 7), torch.randn(2, 3, 5)
     hidden = linear(x)
