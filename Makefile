@@ -10,7 +10,7 @@ POLICY = dsa
 DEVICE = cpu
 RUN = runs/demo
 SCALE = cpu
-BENCH = imports ops speed memory quality
+BENCH = suite imports ops speed memory quality
 PYTEST =
 
 BIN := $(VENV)/bin

@@ -131,6 +131,14 @@ def test_nothing_to_draw(result: dict[str, Any], drawn: list[Figure], tmp_path: 
     assert pictures.draw(result | {"cases": [], "timeline": None}, tmp_path) == []
 
 
+def test_from_the_repository(capsys: pytest.CaptureFixture[str]) -> None:
+    sys.path.append(str(Path(__file__).parents[2]))  # bench/ is no part of the package
+    from bench import suite
+
+    assert suite.main(["--list", "demo-dsa"]) == 0
+    assert capsys.readouterr().out.splitlines()[2].startswith("| demo-dsa |")
+
+
 def test_the_runtime_does_not_import_the_suite() -> None:
     program = "import sys, dsa_rt, dsa_rt.cli, dsa_rt.runtime; print([n for n in sys.modules if 'dsa_rt.suite' in n])"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"

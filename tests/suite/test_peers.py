@@ -66,7 +66,7 @@ def test_random_weights(tmp_path: Path) -> None:
     ])  # fmt: skip
     result = json.loads((tmp_path / "peers.json").read_text())
     assert code in (0, 1) and result["random_weights"] is True
-    assert result["largest_difference_fp32"].keys() >= {"plain loop, dense", "plain loop, scripted:1", "diffusers"}
+    assert result["largest_difference_fp32"].keys() >= {"plain loop, dense", "plain loop, scripted:0", "diffusers"}
 
 
 def run(folder: Path, *options: str) -> int:
