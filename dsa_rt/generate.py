@@ -273,7 +273,7 @@ class Generate:
         if image is None:
             if manifest.image_conditioning == "concat":
                 raise OptionError(
-                    f"bundle {manifest.name!r} makes video from an image and a prompt: give the first frame, image=…, "
+                    f"bundle {manifest.name!r} makes video from an image and a prompt: give the first frame, image=… (--image), "
                     f"of {settings.width}x{settings.height} pixels"
                 )
             return None

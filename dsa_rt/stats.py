@@ -247,8 +247,9 @@ class Stats:
             f"{_figure(self.fps_with_decode)} with decode, {_figure(self.fps_end_to_end)} end to end",
             f"time               {_ms(self.total_ms)} in all, {_ms(self.text_ms)} text, "
             f"first frame after {_ms(self.time_to_first_frame_ms)}",
-            f"memory             {_megabytes(self.peak_memory_bytes)} peak, "
-            f"{_megabytes(self.planned_memory_bytes)} planned",
+            f"memory             {_megabytes(self.planned_memory_bytes)} planned; peak "
+            + (f"{_megabytes(self.peak_memory_bytes)} on the device" if self.device.startswith("cuda") else
+               f"{_megabytes(self.peak_memory_bytes)} of the whole process, interpreter and torch included"),
         ]
         return "\n".join(lines)
 
