@@ -273,8 +273,8 @@ class Generate:
         if image is None:
             if manifest.image_conditioning == "concat":
                 raise OptionError(
-                    f"bundle {manifest.name!r} makes video from an image and a prompt: give the first frame, image=… (--image), "
-                    f"of {settings.width}x{settings.height} pixels"
+                    f"bundle {manifest.name!r} makes video from an image and a prompt: give the first frame, image=… "
+                    f"(--image), of {settings.width}x{settings.height} pixels"
                 )
             return None
         if manifest.image_conditioning == "none":
