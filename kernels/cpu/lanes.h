@@ -171,7 +171,8 @@ DSA_RT_INLINE Words bfloat16_words(Floats value) {
 // Thirty-two bf16 by one instruction, false where a number is one that it treats otherwise: it takes a subnormal number
 // for 0 and keeps the bits of a NaN.
 DSA_RT_INLINE bool convert(const Lanes& value, __m512i* halves) {
-  constexpr int quiet_nan = 0x01, subnormal = 0x20, signalling_nan = 0x80, kinds = quiet_nan | subnormal | signalling_nan;
+  constexpr int quiet_nan = 0x01, subnormal = 0x20, signalling_nan = 0x80;
+  constexpr int kinds = quiet_nan | subnormal | signalling_nan;
   const __m512 low = (__m512)value.part[0], high = (__m512)value.part[1];
   const __mmask16 other = _mm512_fpclass_ps_mask(low, kinds) | _mm512_fpclass_ps_mask(high, kinds);
   *halves = (__m512i)_mm512_cvtne2ps_pbh(high, low);
