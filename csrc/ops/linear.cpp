@@ -33,15 +33,18 @@ const cpu::LinearKernel& cpu_kernel(const std::string& instruction_set, Element 
   }
 }
 
-constexpr int64_t thread_work = 1 << 20;  // multiply-adds below which waking another thread costs more than it saves
-constexpr int64_t tile_rows = 96, tile_columns = 256, least_rows = 6;
+// Multiply-adds for each thread, about 4 µs; to wake one took 3 µs.
+constexpr int64_t thread_work = 1 << 20;
+// Rows of a tile; 4-byte units of weights that stay in L2 for them, 384 KB; rows that are in registers at once.
+constexpr int64_t tile_rows = 96, tile_units = 256 * cpu::linear_most_steps, least_rows = 6;
 
 int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 // The largest tiles that caches hold, halved until every thread gets some: one may lose its core for a while.
-cpu::LinearTile tile_for(int64_t rows, int64_t columns, int64_t panel, int threads) {
+cpu::LinearTile tile_for(int64_t rows, int64_t columns, int64_t steps, int64_t panel, int threads) {
+  const int64_t held = tile_units / std::max<int64_t>(std::min(steps, cpu::linear_most_steps), 1);
   cpu::LinearTile tile = {std::min(tile_rows, up(rows, least_rows)),
-                          std::min(up(tile_columns, panel), up(columns, panel))};
+                          std::min(std::max(held / panel, int64_t{1}) * panel, up(columns, panel))};
   const auto tiles = [&] { return up(rows, tile.rows) / tile.rows * (up(columns, tile.columns) / tile.columns); };
   while (threads > 1 && tiles() < 4 * threads) {
     if (tile.rows > least_rows && (tile.rows * 4 >= tile.columns || tile.columns == panel))
@@ -95,7 +98,7 @@ class Linear {
     if (!rows || !p.n) return;
     const int64_t most = std::max<int64_t>(rows * p.n * std::max<int64_t>(p.k, 1) / thread_work, 1);
     const int threads = static_cast<int>(std::min<int64_t>(std::max(launch.threads, 1), most));
-    const cpu::LinearTile tile = tile_for(rows, p.n, kernel.layout.panel, threads);
+    const cpu::LinearTile tile = tile_for(rows, p.n, kernel.layout.steps(p.k), kernel.layout.panel, threads);
     const int64_t tiles = up(rows, tile.rows) / tile.rows * (up(p.n, tile.columns) / tile.columns);
     const size_t bytes = kernel.scratch_bytes(p, tile);
     std::atomic<bool> starved{false};

@@ -29,6 +29,8 @@ struct LinearLayout {
   int64_t elements(int64_t n, int64_t k) const { return padded(n) * steps(k) * group; }
 };
 
+constexpr int64_t linear_most_steps = 384;  // along K at once
+
 // Sizes of a unit of work; columns a multiple of the panel, so that sums of all of them are [rows][columns].
 struct LinearTile {
   int64_t rows, columns;

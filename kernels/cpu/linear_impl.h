@@ -22,8 +22,6 @@
 namespace dsa_rt::cpu {
 namespace {
 
-constexpr int64_t most_steps = 384;  // along K at once: 4 bytes each for 256 columns leave room in an L2 of 512 KB
-
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // W: type of the weights. Element: that of rows of x as V::repeat reads them.
@@ -58,7 +56,7 @@ struct LinearWork {
 
   LinearWork(const LinearParams& p, LinearTile tile, void* scratch) {
     steps = (p.k + V::group - 1) / V::group;
-    blocks = steps > most_steps ? (steps + most_steps - 1) / most_steps : 1;
+    blocks = steps > linear_most_steps ? (steps + linear_most_steps - 1) / linear_most_steps : 1;
     block_steps = (steps + blocks - 1) / blocks;
     const int64_t x_bytes = (tile.rows * block_steps * 4 + 63) / 64 * 64;
     x = static_cast<typename V::Element*>(scratch);
