@@ -156,6 +156,20 @@ def test_a_row_depends_on_itself_alone(kernel: str, dtype: tuple[torch.dtype, ..
 
 @dtypes
 @kernels
+def test_what_another_call_left_is_not_used(
+    kernel: str, dtype: tuple[torch.dtype, ...], rng: np.random.Generator
+) -> None:
+    """NaN in the thread's scratch, also where a row of odd K ends."""
+    weight, out = random(rng, 70, 33, dtype=dtype[0]), poison(1, 7, 70, dtype=dtype[2])
+    x = random(rng, 1, 7, 33, dtype=dtype[1])
+    run(kernel, out, torch.full((1, 7, 34), float("nan")), pack(kernel, torch.ones(70, 34, dtype=dtype[0])))
+    assert out.isnan().all()
+    run(kernel, out, x, pack(kernel, weight))
+    check(out, x, weight, None, "none")
+
+
+@dtypes
+@kernels
 def test_weights_that_share_their_input(kernel: str, dtype: tuple[torch.dtype, ...], rng: np.random.Generator) -> None:
     """Packed as one they make the bits that each makes alone, and may be written into columns of a wider buffer."""
     sizes, k = (70, 17, 130), 77
