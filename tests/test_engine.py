@@ -19,6 +19,7 @@ from dsa_rt.cache import Ring
 from dsa_rt.engine import CONTEXT, Engine, Piece, Recorder, Sizes
 from dsa_rt.errors import MemoryLimitError, OptionError
 from dsa_rt.generate import Generate
+from dsa_rt.ops.backend import choose
 from dsa_rt.plan import TokenGrid
 from dsa_rt.recording import Recorded
 from dsa_rt.runtime import Runtime
@@ -45,6 +46,11 @@ class Allocations(TorchDispatchMode):
     @property
     def largest(self) -> tuple[str, int]:
         return max(self.made, key=lambda pair: pair[1], default=("", 0))
+
+
+def replayed(dtype: torch.dtype) -> bool:
+    """Whether passes are programs here: elsewhere the framework is left some of the ops."""
+    return all(choose(op, "cpu", dtype) == "native" for op in ("linear", "active_attention"))
 
 
 def eager(device: torch.device, function: Callable[[], None], *, pool: object = None) -> Recorded:
@@ -141,16 +147,18 @@ def test_a_replay_has_the_bits_of_the_pass(dtype: torch.dtype) -> None:
             before = calls[0]
             out = engine.run(pieces)
             results.append([o.velocity.clone() for o in out] + [t.clone() for t in (*engine.cache.k, *engine.cache.v)])
-            if engine is engines[0] and trial > 20:
+            if engine is engines[0] and trial > 20 and replayed(dtype):
                 assert calls[0] == before
         assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))
     assert {recorded.kind for recorded, _ in engines[2].passes.values()} == {"graph"}
     assert 10 < len(engines[2].passes) < 30  # one for each way to see the ring, and replayed when it comes again
     kinds = {recorded.kind for recorded, _ in engines[0].passes.values()}
-    assert kinds == {"program"} and len(engines[0].passes) == 3  # each side and both, at any level
-    with Allocations() as counted:
-        engines[0].run([Piece(lanes[0], 0, 1)])
-    assert {op for op, _ in counted.made} <= {"aten.fill_.Tensor"}
+    assert len(engines[0].passes) == 3  # each side and both, at any level
+    if replayed(dtype):
+        assert kinds == {"program"}
+        with Allocations() as counted:
+            engines[0].run([Piece(lanes[0], 0, 1)])
+        assert {op for op, _ in counted.made} <= {"aten.fill_.Tensor"}
 
 
 @pytest.mark.parametrize(
@@ -171,7 +179,7 @@ def test_generate_allocates_records_and_calls_nothing(causal: Runtime, policy: s
     session.close()
     hook.remove()
     assert set(engine.passes) == recorded and engine.arena.nbytes == held and engine.arena.allocations == 0
-    assert calls == [0]
+    assert calls == [0] or not replayed(torch.float32)
 
 
 @pytest.mark.parametrize("policy", ["dsa-paper", "dense"])
