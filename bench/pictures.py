@@ -73,15 +73,17 @@ def trade_off(path: Path, result: Mapping[str, Any]) -> Path:
     figure = Figure((5.2 * len(panels), 4.6), layout="constrained")
     drawn = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (across, up, points) in zip(drawn, panels, strict=True):
-        for name, (x, y) in points.items():
-            if x is None or y is None:
-                continue
+        known = {name: (x, y) for name, (x, y) in points.items() if x is not None and y is not None}
+        for name, (x, y) in known.items():
             colour, marker = FAMILIES[allocation.family(name)]
             hollow = name.endswith("retest=no")
             axes.plot(x, y, marker, color=colour, mfc="white" if hollow else colour, ms=6)
+        for names in _together(known):
             axes.annotate(
-                _short(name), (x, y), textcoords="offset points", xytext=(5, -9), fontsize=7, color=colour
-            )
+                ", ".join(map(_short, names)), known[names[0]], textcoords="offset points", xytext=(5, -9),
+                fontsize=7, color=FAMILIES[allocation.family(names[0])][0],
+                ha="left" if len(names) == 1 else "right",
+            )  # fmt: skip
         axes.set_xlabel(across)
         axes.set_ylabel(up)
         axes.grid(alpha=0.25)
@@ -98,6 +100,21 @@ def trade_off(path: Path, result: Mapping[str, Any]) -> Path:
         )
     drawn[0].legend(fontsize=8)
     return _save(figure, path)
+
+
+def _together(points: Mapping[str, tuple[float, float]], near: float = 0.02) -> list[list[str]]:
+    """The names of points that lie so close that one label must do for them. near: of the axes' lengths."""
+    places = np.array(list(points.values())).reshape(-1, 2)
+    reach = near * np.maximum(np.ptp(places, axis=0), 1e-9) if len(places) else places
+    groups: list[list[str]] = []
+    for name, place in points.items():
+        for group in groups:
+            if (abs(np.array(place) - points[group[0]]) <= reach).all():
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return groups
 
 
 def _short(name: str) -> str:

@@ -28,7 +28,7 @@ from dsa_rt.policy import Records, fit_calibration, simulate
 from dsa_rt.progress import Event
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench/ is no part of the package
-from bench import allocation, common, imports, memory, metrics, ops, quality, speed
+from bench import allocation, common, imports, memory, metrics, ops, pictures, quality, speed
 from bench.evaluate import Job, evaluate_all
 from bench.prompts import held_out_cases
 from bench.recording import correlations, record_clip
@@ -165,6 +165,12 @@ def test_a_slower_end_is_seen_and_noise_is_not() -> None:
     assert memory.drift(noise.tolist())["flat"] and memory.drift((noise + np.linspace(1, 0, 800)).tolist())["flat"]
     slower = memory.drift((noise * np.linspace(1, 1.4, 800)).tolist())
     assert not slower["flat"] and slower["ratio"] == pytest.approx(1.26, rel=0.05)
+
+
+def test_points_in_one_place_share_a_label() -> None:
+    points = {"a": (0.0, 0.0), "b": (10.0, 100.0), "c": (10.1, 99.0), "d": (10.0, 90.0)}
+    assert pictures._together(points) == [["a"], ["b", "c"], ["d"]]
+    assert pictures._together({}) == [] and pictures._together({"a": (1.0, 1.0)}) == [["a"]]
 
 
 def test_table_and_json(tmp_path: Path) -> None:
