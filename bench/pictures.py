@@ -78,11 +78,13 @@ def trade_off(path: Path, result: Mapping[str, Any]) -> Path:
             colour, marker = FAMILIES[allocation.family(name)]
             hollow = name.endswith("retest=no")
             axes.plot(x, y, marker, color=colour, mfc="white" if hollow else colour, ms=6)
+        last = max((x for x, _ in known.values()), default=0.0)
         for names in _together(known):
+            right = len(names) > 1 and known[names[0]][0] == last  # there is no room beyond
             axes.annotate(
-                ", ".join(map(_short, names)), known[names[0]], textcoords="offset points", xytext=(5, -9),
-                fontsize=7, color=FAMILIES[allocation.family(names[0])][0],
-                ha="left" if len(names) == 1 else "right",
+                "\n".join(map(_short, names)), known[names[0]], textcoords="offset points", va="top",
+                xytext=(-6, -3) if right else (5, -3), ha="right" if right else "left", fontsize=7,
+                color=FAMILIES[allocation.family(names[0])][0],
             )  # fmt: skip
         axes.set_xlabel(across)
         axes.set_ylabel(up)
