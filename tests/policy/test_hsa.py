@@ -257,10 +257,11 @@ def test_shortest_schedule_for_warming_up(generator: np.random.Generator) -> Non
 
 
 def test_default_strength() -> None:
-    assert default_strength(4, 40) == default_strength(2, 40) == 1 and default_strength(4, 20) == 0.5
+    assert default_strength(2, 40) == default_strength(2, 20) == default_strength(3, 80) == 1
+    assert default_strength(4, 40) == 0.5 and default_strength(4, 20) == 0.25 and default_strength(10, 40) == 0.2
     assert HSA().strengths(40) == (0, 0)
-    assert HSA(update="extrapolated").strengths(40) == (1, 1)
-    assert parse_policy("hsa-25:update=extrapolated").strengths(20) == (1, 0.5)  # type: ignore[attr-defined]
+    assert HSA(update="extrapolated").strengths(40) == (1, 0.5)
+    assert parse_policy("hsa-25:update=extrapolated").strengths(20) == (1, 0.25)  # type: ignore[attr-defined]
     assert HSA(update="extrapolated", strength=0.25).strengths(40) == (0.25, 0.25)
 
 

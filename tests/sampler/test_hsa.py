@@ -171,7 +171,7 @@ def write_out(
             at, velocity = last[token]
             older = before[token]
             if policy.update == "extrapolated" and at != sigma and older is not None:
-                strength = policy.strength or min(1.0, steps / (10 * stride[token]))
+                strength = policy.strength or (1.0 if stride[token] <= 2 else min(1.0, steps / (20 * stride[token])))
                 velocity = velocity + strength * (velocity - older[1]) / (at - older[0]) * (sigma - at)
             run.x[token] += (following - sigma) * velocity
         if step == margin - 1 and policy.selection == "dynamic":
