@@ -136,6 +136,19 @@ def test_prompt_changes_from_the_next_chunk_on(causal: Runtime) -> None:
     assert all(torch.equal(c.frames, w) for c, w in zip(session, whole, strict=True))
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_context_pass_alone_is_counted(causal: Runtime, ahead: bool) -> None:
+    """Before the prompt changes it runs by itself: it counts with the chunk that follows, as it does elsewhere."""
+    generate = causal.compile(policy="fixed-2")
+    generate.ahead = ahead
+    session = generate.session(PROMPT, 1)
+    session.next_chunk()
+    session.set_prompt(OTHER)
+    rest = list(session)
+    assert [chunk.stats.context_passes for chunk in rest] == [1, 1]
+    assert session.stats().model_calls == 6 + 2
+
+
 def test_a_refused_prompt_changes_nothing(causal: Runtime) -> None:
     generate = causal.compile(policy="fixed-2")
     whole = [c.frames for c in generate.stream(PROMPT, 1)]

@@ -57,6 +57,8 @@ class Rollout:
         self._owed = False  # the context pass of the chunk before
         self._begun = self.judged = False
         self._news: list[tuple[int, float | None] | int] = []
+        # Since the last chunk: context passes, and when each pass began and ended, with its share that was context.
+        self._contexts, self._times = 0, list[tuple[Any, Any, float]]()
         lane.open(seed)
 
     @property
@@ -84,10 +86,9 @@ class Rollout:
         return [context]
 
     def _begin(self) -> None:
-        self._begun, self._passes, self._contexts = True, 0, 0
+        self._begun, self._passes = True, 0
         self._confidences: list[float | None] = []
         self._threshold: float | None = None
-        self._times: list[tuple[Any, Any, float]] = []
         self.lane.place(self.side, self.frames)
         ops.philox_normal(self.lane.rows(self.side), self.lane.seed, self.lane.tokens(self.side), 0)
 
@@ -95,9 +96,7 @@ class Rollout:
         """What :meth:`pieces` gave in the pass that began at a mark; the chunk, when that was its last."""
         last = pieces[-1]
         if pieces[0].level == CONTEXT:
-            self._owed = False
-            self._contexts += 1
-            self._news.append(self.index - 1)
+            self._context_done()
         if last.level == CONTEXT:
             self._times.append((began, self._clock.mark(), 1.0))
             return None
@@ -120,11 +119,18 @@ class Rollout:
     def _finish(self) -> DenoisedChunk:
         lane, index, side, frames = self.lane, self.index, self.side, self.frames
         lane.remember(side)
-        self.index, self._begun, self._owed = index + 1, False, True
-        return DenoisedChunk(
+        done = DenoisedChunk(
             index, frames, lane.rows(side), self._passes, tuple(self._confidences), self._threshold,
             partial(_milliseconds, self._clock, self._times), self._contexts,
         )  # fmt: skip
+        self.index, self._begun, self._owed = index + 1, False, True
+        self._contexts, self._times = 0, []
+        return done
+
+    def _context_done(self) -> None:
+        self._owed = False
+        self._contexts += 1
+        self._news.append(self.index - 1)
 
     def tell(self, on_pass: OnPass, on_context: OnContext) -> None:
         """Report what was taken since: passes of the chunk in hand with their confidence, and context passes with the
@@ -140,9 +146,10 @@ class Rollout:
         """Run the context pass that is owed now, and alone: before the prompt changes."""
         if self._owed:
             with self.lane.engine.working():
+                began = self._clock.mark()
                 self.lane.engine.run([Piece(self.lane, 1 - self.side, CONTEXT)])
-            self._owed = False
-            self._news.append(self.index - 1)
+                self._times.append((began, self._clock.mark(), 1.0))
+            self._context_done()
 
     def forget_context(self) -> None:
         """Its K/V have been written otherwise."""
@@ -153,8 +160,7 @@ class Rollout:
         had counts."""
         self._begun = False
         if self._owed:
-            self._owed = False
-            self._news.append(self.index - 1)
+            self._context_done()
 
 
 def _milliseconds(clock: Clock, times: Sequence[tuple[Any, Any, float]]) -> tuple[float, float]:
