@@ -26,6 +26,7 @@ from dsa_rt.errors import PolicyError
 from dsa_rt.generate import Generate
 from dsa_rt.progress import Event
 from dsa_rt.stats import INCLUDED, Stats
+from dsa_rt.suite.clip import player
 
 POLICIES = (
     "dense fixed-1 fixed-2 fixed-3 fixed-4-then-1 fixed-4-then-2 dsa-paper dsa-paper-retest "
@@ -70,20 +71,11 @@ def time_clip(generate: Generate, prompt: str, seed: int) -> Run:
         order.append(("out", chunk.index))
     stats = session.stats()
     before = order[: order.index(("out", 0))]
+    _, stall = player(handed_out, [chunk.frames for chunk in stats.chunks], stats.video_fps)
     return Run(
         stats, handed_out[0], tuple(b - a for a, b in itertools.pairwise(handed_out)),
-        _stall(handed_out, stats), before.count(("pass", 1)), ("context", 1) not in before,
+        stall, before.count(("pass", 1)), ("context", 1) not in before,
     )  # fmt: skip
-
-
-def _stall(handed_out: Sequence[float], stats: Stats) -> float:
-    """Milliseconds a player waits after its start, when chunks come at these times."""
-    waited, due = 0.0, handed_out[0]
-    for arrived, chunk in zip(handed_out, stats.chunks, strict=True):
-        late = max(0.0, arrived - due)
-        waited += late
-        due += late + 1000 * chunk.frames / stats.video_fps
-    return waited
 
 
 def time_policies(

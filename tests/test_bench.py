@@ -26,6 +26,7 @@ from dsa_rt.models.confidence import ConfidenceConfig, ConfidenceHead
 from dsa_rt.models.wan import WanConfig, WanModel
 from dsa_rt.policy import Records, fit_calibration, simulate
 from dsa_rt.progress import Event
+from dsa_rt.suite.clip import player
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench/ is no part of the package
 from bench import allocation, common, imports, memory, metrics, ops, pictures, quality, speed
@@ -141,16 +142,10 @@ def test_captured_curves_keep_their_order() -> None:
 
 
 def test_stall_is_what_a_player_waits() -> None:
-    class Piece:
-        frames = 8
-
-    class Fake:
-        chunks = (Piece, Piece, Piece)
-        video_fps = 16.0  # 500 ms a chunk
-
-    assert speed._stall([100, 400, 1000], Fake) == 0  # type: ignore[arg-type]
-    assert speed._stall([100, 700, 1150], Fake) == pytest.approx(100)  # type: ignore[arg-type]
-    assert speed._stall([100, 700, 1500], Fake) == pytest.approx(400)  # type: ignore[arg-type]
+    frames, fps = [8, 8, 8], 16.0  # 500 ms a chunk
+    assert player([100, 400, 1000], frames, fps)[1] == 0
+    assert player([100, 700, 1150], frames, fps)[1] == pytest.approx(100)
+    assert player([100, 700, 1500], frames, fps)[1] == pytest.approx(400)
 
 
 def test_growth_is_seen_and_noise_is_not() -> None:
