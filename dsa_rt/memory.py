@@ -18,8 +18,9 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "m
 class MemoryPlan:
     """Bytes a generation takes on the device, beside the interpreter and torch themselves.
 
-    weights: generators, head, codec, text and image encoder. kv_cache: self- and cross-attention K/V of one session;
-    under HSA those that outlive a step, and one layer's scratch. activations: the largest live set inside one pass.
+    weights: generators, head, codec, text and image encoder, packed layers too. kv_cache: self- and cross-attention K/V
+    of all sessions; under HSA those that outlive a step, and one layer's scratch. activations: the largest live set
+    inside one pass, of an autoregressive run all working buffers of its engine.
     decode: the working set of the codec and one chunk of frames. output: frames and latents of a whole clip, as
     ``generate`` returns them (``stream`` holds a chunk at a time). velocities: rows of a many-step run: latents,
     conditions, and cached and fresh velocities.

@@ -35,13 +35,15 @@ class ChunkStats:
     """One chunk.
 
     index: from 0.  frames: pixel frames it decoded to.
-    passes: denoise passes that ran, of passes_scheduled.  context_passes: passes that only wrote the cache.
+    passes: denoise passes that ran, of passes_scheduled.  context_passes: those of the chunk before, which run with
+        this chunk's first pass; nothing follows the clip's last chunk, so that it has none.
     confidences: one per pass that ran, in [0, 1]; None where the head was not asked.
     refined: whether the policy asked for more than the first pass.
     threshold: what the first confidence was compared with, None if the policy has no threshold.
     tokens: tokens of the chunk; active_tokens: how many of them each pass computed.
     calls_per_pass: model evaluations a pass takes (2 with classifier-free guidance).
-    denoise_ms, context_ms, decode_ms: wall clock of each stage.
+    denoise_ms, context_ms, decode_ms: wall clock of each stage; a pass that is denoise and context pass in one is
+        shared out by rows.
     """
 
     index: int

@@ -1,4 +1,4 @@
-"""Model passes over one chunk against the cache: what inference and training both do."""
+"""Model passes over one chunk against a cache of its own, as training runs them; inference: :mod:`dsa_rt.engine`."""
 
 from __future__ import annotations
 
