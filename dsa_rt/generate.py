@@ -180,7 +180,10 @@ class Generate:
         made: dict[Session, list[Chunk]] = {session: [] for session in running}
         try:
             while running:
-                for session, chunk in self._advance(running):
+                chunks, error = self._advance(running)
+                if error is not None:
+                    raise error
+                for session, chunk in chunks:
                     made[session].append(chunk)
                     if len(made[session]) == session.chunks:
                         running.remove(session)
@@ -208,21 +211,32 @@ class Generate:
                 )
             session.check_open()
         while running := [s for s in running if s.is_open]:
-            yield from self._advance(running)
+            chunks, error = self._advance(running)
+            yield from chunks
+            if error is not None:
+                raise error
 
-    def _advance(self, sessions: Sequence[Session]) -> list[tuple[Session, Chunk]]:
-        """One pass for all; the chunks that it finished."""
+    def _advance(self, sessions: Sequence[Session]) -> tuple[list[tuple[Session, Chunk]], BaseException | None]:
+        """One pass for all; the chunks that it finished, and what one of them raised after it: the pass has moved the
+        others on too, so that their chunks are made whatever happens to that one."""
         for session in sessions:
             with session.whole_or_closed():
                 session.check_cancelled()
         finished = advance([session.rollout for session in sessions])
-        chunks = []
+        chunks: list[tuple[Session, Chunk]] = []
+        error: BaseException | None = None
         for session, done in zip(sessions, finished, strict=True):
-            with session.whole_or_closed():
-                session.tell()
-                if done is not None:
-                    chunks.append((session, session.finish(done)))
-        return chunks
+            try:
+                with session.whole_or_closed():
+                    session.tell()
+                    if done is not None:
+                        chunks.append((session, session.finish(done)))
+            except BaseException as raised:
+                if error is None:
+                    error = raised
+                else:
+                    error.add_note(f"another session ended too, with {raised!r}")
+        return chunks, error
 
     def stream(
         self,

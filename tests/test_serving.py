@@ -131,6 +131,29 @@ def test_one_that_fails_leaves_the_others(causal: Runtime, how: str) -> None:
     assert equal(frames_of(generate.serve([first, second]))[first], alone(generate, PROMPTS[0], 1))
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["fails-first", "fails-last"])
+@pytest.mark.parametrize("kind", ["pass", "decode", "chunk"])
+def test_chunks_of_the_pass_after_which_one_fails_are_not_lost(causal: Runtime, kind: str, first: bool) -> None:
+    """In lockstep: the pass that ends chunk 1 of the one that fails ends chunk 1 of the other too."""
+    generate, happened = causal.compile(policy="fixed-1", sessions=2), []
+
+    def fail(event: Event) -> None:
+        if event.kind == kind and event.chunk == 1:
+            happened.append(event)
+            raise ZeroDivisionError
+
+    failing, other = generate.session(PROMPTS[0], 1, on_event=fail), generate.session(PROMPTS[1], 2)
+    made: list[Tensor] = []
+    with pytest.raises(ZeroDivisionError):
+        for session, chunk in generate.serve([failing, other] if first else [other, failing]):
+            if session is other:
+                made.append(chunk.frames)
+    assert len(happened) == 1 and not failing.is_open and other.is_open
+    assert len(made) == 2
+    made += frames_of(generate.serve([other]))[other]
+    assert equal(made, alone(generate, PROMPTS[1], 2))
+
+
 def test_a_list_that_is_cancelled_gives_its_places_back(causal: Runtime) -> None:
     generate, flag = causal.compile(policy="fixed-2", sessions=2), threading.Event()
     with pytest.raises(Cancelled):
