@@ -200,7 +200,8 @@ class Generate:
 
         sessions: of this function, at any chunk, no more than it was compiled for (``sessions``). Ends with the last
         clip; a session that is closed on the way, or whose own error comes out here, is left out when this is called
-        again with the others. Each clip is what it would be alone, see :meth:`__call__`.
+        again with the others. Each clip is what it would be alone, see :meth:`__call__`. Several chunks may come of one
+        pass: a loop that is left between two of them leaves out the second, and its session goes on behind it.
         """
         running = list(sessions)
         for session in running:
