@@ -38,5 +38,6 @@ PYBIND11_MODULE(_native, m) {
   dsa_rt::bind_attention(m);
   dsa_rt::bind_layers(m);
   dsa_rt::bind_linear(m);
+  dsa_rt::bind_quantize(m);
   dsa_rt::bind_program(m);
 }

@@ -29,8 +29,9 @@ struct TorchObjects {
           const auto torch = py::module_::import("torch");
           TorchObjects objects{torch.attr("Tensor"), {}};
           for (const auto& [name, value] :
-               {std::pair{"float32", Dtype::float32}, {"bfloat16", Dtype::bfloat16}, {"int64", Dtype::int64},
-                {"uint8", Dtype::uint8}, {"bool", Dtype::boolean}}) {
+               {std::pair{"float32", Dtype::float32}, {"bfloat16", Dtype::bfloat16},
+                {"float8_e4m3fn", Dtype::float8_e4m3fn}, {"int64", Dtype::int64}, {"uint8", Dtype::uint8},
+                {"bool", Dtype::boolean}}) {
             const py::object dtype = torch.attr(name);
             objects.dtypes.push_back({dtype, value, dtype.attr("itemsize").cast<int64_t>()});
           }
@@ -55,6 +56,7 @@ const char* name_of(Dtype dtype) {
   switch (dtype) {
     case Dtype::float32: return "float32";
     case Dtype::bfloat16: return "bfloat16";
+    case Dtype::float8_e4m3fn: return "float8_e4m3fn";
     case Dtype::int64: return "int64";
     case Dtype::uint8: return "uint8";
     case Dtype::boolean: return "bool";

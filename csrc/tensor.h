@@ -40,7 +40,7 @@ struct Unserved : OptionError {
 };
 void register_errors(py::module_& m);
 
-enum class Dtype { float32, bfloat16, int64, uint8, boolean, other };
+enum class Dtype { float32, bfloat16, float8_e4m3fn, int64, uint8, boolean, other };
 
 enum class DeviceKind { cpu, cuda, other };
 struct Device {

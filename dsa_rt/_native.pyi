@@ -107,6 +107,29 @@ def active_attention(
 def check_active_attention(
     out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = None
 ) -> None: ...
+def active_attention_fp8(
+    out: Tensor,
+    lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    segments: Tensor | None = None,
+    threads: int = 1,
+    instruction_set: str = "",
+    stream: int = 0,
+) -> None: ...
+def check_active_attention_fp8(
+    out: Tensor,
+    lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    segments: Tensor | None = None,
+) -> None: ...
 def norm_modulate(
     out: Tensor,
     x: Tensor,
@@ -213,6 +236,16 @@ def scatter_rows(
     x: Tensor, rows: Tensor, src: Tensor, threads: int = 1, instruction_set: str = "", stream: int = 0
 ) -> None: ...
 def check_scatter_rows(x: Tensor, rows: Tensor, src: Tensor) -> None: ...
+def quantize_rows(
+    out: Tensor,
+    scale: Tensor,
+    rows: Tensor,
+    slots: Tensor | None = None,
+    threads: int = 1,
+    instruction_set: str = "",
+    stream: int = 0,
+) -> None: ...
+def check_quantize_rows(out: Tensor, scale: Tensor, rows: Tensor, slots: Tensor | None = None) -> None: ...
 def confidence_pool(
     out: Tensor,
     query: Tensor,

@@ -18,15 +18,16 @@
 namespace dsa_rt {
 namespace {
 
-const cpu::AttentionKernel& cpu_kernel(const std::string& instruction_set, Element element) {
+const cpu::AttentionKernel& cpu_kernel(const std::string& instruction_set, Element element, bool fp8) {
   const auto of = [&](const cpu::AttentionKernels& kernels) -> const cpu::AttentionKernel& {
+    if (fp8) return element == Element::bfloat16 ? kernels.bfloat16_fp8 : kernels.float32_fp8;
     return element == Element::bfloat16 ? kernels.bfloat16 : kernels.float32;
   };
   switch (choose_instruction_set(instruction_set)) {
 #if defined(DSA_RT_X86)
     case InstructionSet::avx512_bf16:
 #if defined(DSA_RT_AVX512_BF16)
-      if (element == Element::bfloat16) return cpu::attention_avx512_bf16;
+      if (element == Element::bfloat16) return fp8 ? cpu::attention_avx512_bf16_fp8 : cpu::attention_avx512_bf16;
 #endif
       [[fallthrough]];
     case InstructionSet::avx512: return of(cpu::attention_avx512);
@@ -37,42 +38,15 @@ const cpu::AttentionKernel& cpu_kernel(const std::string& instruction_set, Eleme
 }
 
 Heads heads_of(const TensorView& view) { return {view.data, view.stride[0], view.stride[1], view.stride[2]}; }
+cpu::Scales scales_of(const TensorView& view) { return {view.as<float>(), view.stride[0], view.stride[1]}; }
 
 constexpr int64_t tile_work = 1 << 22;  // multiply-adds below which a tile alone is not worth a thread's attention
 
 class ActiveAttention {
  public:
   ActiveAttention(py::handle out, py::handle lse, py::handle q, py::handle k, py::handle v, py::handle segments)
-      : op_("active_attention") {
-    const DtypeRule dtype("T", float_dtypes);
-    const auto& o = op_.tensor("out", out, {"B", "A", "H", "D"}, dtype, Access::write);
-    const TensorView* l =
-        lse.is_none() ? nullptr : &op_.tensor("lse", lse, {"B", "H", "A"}, Dtype::float32, Access::write);
-    const auto& queries = op_.tensor("q", q, {"B", "A", "H", "D"}, dtype);
-    const auto& keys = op_.tensor("k", k, {"B", "N", "H", "D"}, dtype);
-    const auto& values = op_.tensor("v", v, {"B", "N", "H", "D"}, dtype);
-    const TensorView* parts = segments.is_none() ? nullptr : &op_.host_tensor("segments", segments, {"S", "5"});
-    op_.check_overlap();
-    if (op_.size("N") == 0 || op_.size("D") == 0)
-      op_.fail("k holds N = " + std::to_string(op_.size("N")) + " rows of D = " + std::to_string(op_.size("D")) +
-               " channels, expected at least one of each");
-    params_ = {heads_of(o),
-               heads_of(queries),
-               heads_of(keys),
-               heads_of(values),
-               element_of(o),
-               l ? l->as<float>() : nullptr,
-               l ? l->stride[0] : 0,
-               l ? l->stride[1] : 0,
-               op_.size("B"),
-               op_.size("H"),
-               op_.size("A"),
-               op_.size("N"),
-               op_.size("D"),
-               nullptr,
-               0};
-    segments_view_ = parts;
-    read_host();
+      : op_("active_attention"), fp8_(false) {
+    check(out, lse, q, k, v, py::none(), py::none(), segments);
   }
 
   // The segments, checked.
@@ -84,17 +58,58 @@ class ActiveAttention {
     if (op_.device().kind == DeviceKind::cpu) return run_cpu(launch);
 #if defined(DSA_RT_CUDA)
     if (op_.device().kind == DeviceKind::cuda) {
-      std::string why;
-      if (!cuda::attention_supported(params_, &why)) op_.fail_unserved(why);
+      std::string why = "K and V in FP8 have kernels for device 'cpu' alone";
+      if (fp8_ || !cuda::attention_supported(params_, &why)) op_.fail_unserved(why);
       return cuda::active_attention(params_, launch.stream);
     }
 #endif
     no_kernel(op_);
   }
 
+ protected:
+  // With K and V in FP8; check() has to be called.
+  explicit ActiveAttention(const char* op) : op_(op), fp8_(true) {}
+
+  void check(py::handle out, py::handle lse, py::handle q, py::handle k, py::handle v, py::handle k_scale,
+             py::handle v_scale, py::handle segments) {
+    const DtypeRule dtype("T", float_dtypes), cached = fp8_ ? DtypeRule(Dtype::float8_e4m3fn) : dtype;
+    const auto& o = op_.tensor("out", out, {"B", "A", "H", "D"}, dtype, Access::write);
+    const TensorView* l =
+        lse.is_none() ? nullptr : &op_.tensor("lse", lse, {"B", "H", "A"}, Dtype::float32, Access::write);
+    const auto& queries = op_.tensor("q", q, {"B", "A", "H", "D"}, dtype);
+    const auto& keys = op_.tensor("k", k, {"B", "N", "H", "D"}, cached);
+    const auto& values = op_.tensor("v", v, {"B", "N", "H", "D"}, cached);
+    if (fp8_) {
+      params_.k_scale = scales_of(op_.tensor("k_scale", k_scale, {"B", "N", "H"}, Dtype::float32));
+      params_.v_scale = scales_of(op_.tensor("v_scale", v_scale, {"B", "N", "H"}, Dtype::float32));
+    }
+    const TensorView* parts = segments.is_none() ? nullptr : &op_.host_tensor("segments", segments, {"S", "5"});
+    op_.check_overlap();
+    if (op_.size("N") == 0 || op_.size("D") == 0)
+      op_.fail("k holds N = " + std::to_string(op_.size("N")) + " rows of D = " + std::to_string(op_.size("D")) +
+               " channels, expected at least one of each");
+    static_cast<AttentionParams&>(params_) = {heads_of(o),
+                                              heads_of(queries),
+                                              heads_of(keys),
+                                              heads_of(values),
+                                              element_of(o),
+                                              l ? l->as<float>() : nullptr,
+                                              l ? l->stride[0] : 0,
+                                              l ? l->stride[1] : 0,
+                                              op_.size("B"),
+                                              op_.size("H"),
+                                              op_.size("A"),
+                                              op_.size("N"),
+                                              op_.size("D"),
+                                              nullptr,
+                                              0};
+    segments_view_ = parts;
+    read_host();
+  }
+
  private:
   void run_cpu(const Launch& launch) {
-    const cpu::AttentionKernel& kernel = cpu_kernel(launch.instruction_set, params_.element);
+    const cpu::AttentionKernel& kernel = cpu_kernel(launch.instruction_set, params_.element, fp8_);
     const size_t bytes = kernel.scratch_bytes(params_.dim);
     int64_t rows = params_.rows;  // of the longest segment
     if (params_.segments) {
@@ -142,9 +157,19 @@ class ActiveAttention {
   }
 
   Signature op_;
+  const bool fp8_;
   const TensorView* segments_view_ = nullptr;
   std::vector<AttentionSegment> segments_;
-  AttentionParams params_;
+  cpu::ScaledAttentionParams params_{};
+};
+
+class ActiveAttentionFp8 : public ActiveAttention {
+ public:
+  ActiveAttentionFp8(py::handle out, py::handle lse, py::handle q, py::handle k, py::handle v, py::handle k_scale,
+                     py::handle v_scale, py::handle segments)
+      : ActiveAttention("active_attention_fp8") {
+    check(out, lse, q, k, v, k_scale, v_scale, segments);
+  }
 };
 
 }  // namespace
@@ -154,6 +179,9 @@ void bind_attention(py::module_& m) {
   using py::arg;
   bind<ActiveAttention, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
       m, "active_attention", arg("out"), arg("lse"), arg("q"), arg("k"), arg("v"), arg("segments") = py::none());
+  bind<ActiveAttentionFp8, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+      m, "active_attention_fp8", arg("out"), arg("lse"), arg("q"), arg("k"), arg("v"), arg("k_scale"), arg("v_scale"),
+      arg("segments") = py::none());
 }
 
 }  // namespace dsa_rt

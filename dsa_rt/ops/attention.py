@@ -1,4 +1,4 @@
-"""Attention of compact active queries to the rows of a K/V cache, destination passing.
+"""Attention of compact active queries to the rows of a K/V cache, destination passing; the cache may be in FP8.
 
 The models call :func:`dsa_rt.ops.layers.active_attention`, which is differentiable and uses this where it is faster.
 """
@@ -12,6 +12,10 @@ from dsa_rt.reference import layers as reference
 
 register(
     "active_attention(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k, Tensor v, Tensor? segments=None) -> ()"
+)
+register(
+    "active_attention_fp8(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k, Tensor v, Tensor k_scale, "
+    "Tensor v_scale, Tensor? segments=None) -> ()"
 )
 
 
@@ -49,3 +53,21 @@ def ran(
     """:func:`active_attention` where a kernel takes the call; False where the definition would have to, and nothing is
     run."""
     return served("active_attention", backend, out, (out, lse, q, k, v), segments)
+
+
+def active_attention_fp8(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor, lse: Tensor | None = None,
+    segments: Tensor | None = None, *, backend: str | None = None,
+) -> None:  # fmt: skip
+    """:func:`active_attention` with k and v [B, N, H, D] in ``float8_e4m3fn``, as
+    :func:`dsa_rt.ops.rows.quantize_rows` writes them, and their scales k_scale, v_scale [B, N, H] fp32.
+
+    ``softmax(q (k·k_scale)ᵀ / √D) (v·v_scale)``; out, q, lse and segments as there, q and out fp32 or bf16. E4M3 is
+    exact in bf16, and scales meet scores and weights in fp32: with bf16 dot products a weight times its value's scale
+    is rounded to bf16, and nothing else is. What is said there of bits, and the errors, hold here too.
+    """
+    if served("active_attention_fp8", backend, out, (out, lse, q, k, v, k_scale, v_scale), segments):
+        return
+    out.copy_(reference.active_attention_fp8(q, k, v, k_scale, v_scale, segments))
+    if lse is not None:
+        lse.copy_(reference.attention_log_sum_exp(q, reference.dequantize_rows(k, k_scale), segments))

@@ -36,7 +36,7 @@ class Implementation:
     ``yields``: for which dtypes it is left to the next one, though it could serve them, and why. ``missing``: why it
     cannot run on this machine at all. ``run``: what serves a call, with the arguments of the op's schema, where that is
     neither the native module nor the definition. ``refuses``: of the same arguments, why this one call is left to the
-    next one, or None; for what device and dtype do not say.
+    next one, or None; for what device and dtype do not say. ``cpu_only``: no build has it for another device.
     """
 
     backend: str
@@ -47,13 +47,14 @@ class Implementation:
     missing: str = ""
     run: Callable[..., None] | None = None
     refuses: Callable[..., str | None] | None = None
+    cpu_only: bool = False
 
     def refusal(self, device: str, dtype: torch.dtype) -> str | None:
         """Why this cannot serve tensors of that device and dtype; None when it can."""
         if self.missing:
             return self.missing
         if self.devices and device not in self.devices:
-            if self.backend == "native" and device == "cuda" and not native.build_info()["cuda"]:
+            if self.backend == "native" and device == "cuda" and not self.cpu_only and not native.build_info()["cuda"]:
                 return "the native module was built without CUDA kernels (no nvcc was found)"
             return f"{self.backend} has no kernel for device {device!r}, only for {', '.join(self.devices)}"
         if self.dtypes and dtype not in self.dtypes:
@@ -115,9 +116,26 @@ def _not_for_hopper(out: Tensor, *_: Any) -> str | None:
     return None if out.shape[3] in (64, 128) else f"the head dimension is {out.shape[3]}, expected 64 or 128"
 
 
-def _triton(op: str) -> Implementation:
+def _triton(op: str, **others: Any) -> Implementation:
     missing = "" if triton.installed() else "Triton is not installed"
-    return Implementation("triton", ("cuda",), note="Triton kernels", missing=missing, run=triton.runner(op))
+    others = {"note": "Triton kernels"} | others
+    return Implementation("triton", ("cuda",), missing=missing, run=triton.runner(op), **others)
+
+
+def _fp8(op: str, **of_triton: Any) -> tuple[Implementation, ...]:
+    """Ops of K and V in FP8. On CUDA there is nothing that Triton would have to be measured against."""
+    return (
+        Implementation("native", ("cpu",), _FLOATS, _native_note(), cpu_only=True),
+        _triton(op, dtypes=_FLOATS, **of_triton),
+        _DEFINITION,
+    )
+
+
+def _not_in_e4m3(out: Tensor, *_: Any) -> str | None:
+    """Why Triton's kernel does not take a call with K and V in FP8."""
+    if torch.cuda.get_device_capability(out.device) < (8, 9):
+        return f"{torch.cuda.get_device_name(out.device)} has no E4M3, compute capability 8.9 or later has"
+    return None if out.shape[3] <= 128 else f"the head dimension is {out.shape[3]}, expected at most 128"
 
 
 _BEFORE_TRITON = {
@@ -138,6 +156,12 @@ _BEFORE_TRITON = {
 # Best first. Triton comes last, so that it serves where it is asked for, until it has been measured on a GPU.
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     op: (*rows, _triton(op)) if op in triton.FAMILIES else rows for op, rows in _BEFORE_TRITON.items()
+} | {
+    "quantize_rows": _fp8("quantize_rows"),
+    "active_attention_fp8": _fp8(
+        "active_attention_fp8", note="Triton kernels for compute capability 8.9 and later, D to 128",
+        refuses=_not_in_e4m3,
+    ),
 }
 
 

@@ -18,6 +18,7 @@ FAMILIES = {
     "qk_norm_rope_store": "rope",
     "gather_rows": "rows",
     "scatter_rows": "rows",
+    "quantize_rows": "quantize",
     "philox_normal": "step",
     "renoise": "step",
     "cached_step": "step",
@@ -64,6 +65,13 @@ def _active_attention(
     function("active_attention")(out, q, k, v, lse, segments, scratch)
 
 
+def _active_attention_fp8(
+    out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor,
+    segments: Tensor | None,
+) -> None:  # fmt: skip
+    function("active_attention_fp8")(out, q, k, v, k_scale, v_scale, lse, segments)
+
+
 def _confidence_pool(out: Tensor, query: Tensor, keys: Tensor, weight: Tensor, tokens: Tensor, eps: float) -> None:
     scratch = torch.empty(function("confidence_pool_scratch")(out, tokens), device=out.device)
     function("confidence_pool")(out, query, keys, weight, tokens, eps, scratch)
@@ -73,6 +81,7 @@ _OTHER_ORDER: dict[str, Callable[..., None]] = {
     "renoise": _renoise,
     "cached_step": _cached_step,
     "active_attention": _active_attention,
+    "active_attention_fp8": _active_attention_fp8,
     "confidence_pool": _confidence_pool,
 }
 

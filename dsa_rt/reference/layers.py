@@ -102,6 +102,28 @@ def scatter_rows(x: Tensor, rows: Tensor, src: Tensor) -> Tensor:
     return x.index_copy(1, rows, src)
 
 
+FLOAT8_MAX = 448.0
+"""The largest number of ``float8_e4m3fn``, which has no infinity."""
+
+
+def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """rows [B, A, H, D] as E4M3 (``float8_e4m3fn``) and the scale [B, A, H] fp32 that :func:`dequantize_rows` takes.
+
+    ``scale = largest |element| / 448`` of each row and head, at least the smallest normal fp32 number; ``row / scale``
+    is rounded to the nearest E4M3 number, to even. Infinity becomes NaN, NaN stays NaN, and neither counts for the
+    largest: the rest of their row is what it would be without them.
+    """
+    finite = torch.where(rows.isfinite(), rows.float(), torch.nan)
+    scale = finite.abs().nan_to_num(0.0).amax(-1) / FLOAT8_MAX
+    scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
+    return (finite / scale[..., None]).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn), scale
+
+
+def dequantize_rows(values: Tensor, scale: Tensor) -> Tensor:
+    """values [B, N, H, D] in E4M3 times scale [B, N, H] fp32 -> fp32."""
+    return values.float() * scale[..., None]
+
+
 def active_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = None) -> Tensor:
     """Softmax attention of the active queries to all given rows, no mask.
 
@@ -112,6 +134,14 @@ def active_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = 
     if segments is not None:
         return torch.cat([active_attention(*part) for part in split_segments(q, k, v, segments)], 1)
     return torch.einsum("bhan,bnhd->bahd", _scores(q, k).softmax(-1), v.float()).to(q.dtype)
+
+
+def active_attention_fp8(
+    q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor, segments: Tensor | None = None
+) -> Tensor:
+    """:func:`active_attention` of what :func:`dequantize_rows` makes of k and v [B, N, H, D] in E4M3 with their scales
+    [B, N, H]."""
+    return active_attention(q, dequantize_rows(k, k_scale), dequantize_rows(v, v_scale), segments)
 
 
 def attention_log_sum_exp(q: Tensor, k: Tensor, segments: Tensor | None = None) -> Tensor:

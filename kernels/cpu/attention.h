@@ -22,17 +22,29 @@ static inline int64_t attention_tiles(const AttentionParams& p) {
   return tiles;
 }
 
+// fp32 numbers [B, N, H], one for each row and head of K or V; heads lie side by side.
+struct Scales {
+  const float* data = nullptr;
+  int64_t batch_stride = 0, row_stride = 0;
+};
+
+// Of K and V in E4M3: an element counts as often as the scale of its row and head says. Unused in other types.
+struct ScaledAttentionParams : AttentionParams {
+  Scales k_scale, v_scale;
+};
+
 struct AttentionKernel {
   // Bytes that run() needs for a head dimension, whatever the other sizes; 64-byte alignment.
   size_t (*scratch_bytes)(int64_t dim);
   // Works on the flattened tiles [begin, end) of batch·heads·attention_tiles. A row's result does not depend on the
   // tile or the position it is computed in, so no split over threads, no active set and no segment beside its own
   // changes a bit.
-  void (*run)(const AttentionParams&, void* scratch, int64_t begin, int64_t end);
+  void (*run)(const ScaledAttentionParams&, void* scratch, int64_t begin, int64_t end);
 };
 
 struct AttentionKernels {
-  AttentionKernel float32, bfloat16;
+  AttentionKernel float32, bfloat16;          // all of one type
+  AttentionKernel float32_fp8, bfloat16_fp8;  // K and V in E4M3
 };
 
 extern const AttentionKernels attention_generic;
@@ -41,7 +53,7 @@ extern const AttentionKernels attention_avx2;
 extern const AttentionKernels attention_avx512;
 #endif
 #if defined(DSA_RT_AVX512_BF16)
-extern const AttentionKernel attention_avx512_bf16;  // bf16 elements only
+extern const AttentionKernel attention_avx512_bf16, attention_avx512_bf16_fp8;  // bf16 queries only
 #endif
 
 }  // namespace dsa_rt::cpu

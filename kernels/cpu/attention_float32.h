@@ -1,14 +1,16 @@
-// The vector types of attention_impl.h, for operands of one fp32 each; bf16 elements are widened as they are packed.
+// The vector types of attention_impl.h, for operands of one fp32 each; bf16 and E4M3 elements are widened as they are
+// packed.
 //
 // A vector type V has: Vec, `lanes` fp32 numbers with + - *; Unit, 4 bytes of a packed operand that hold `group`
 // elements along the sum of a product, and Units, `lanes` of them; `columns`, the vectors of a panel. Functions: load,
 // store, all; units, repeat (load a vector of units, or one unit for all lanes); multiply_add(total, units, units);
 // multiply_add_floats(a, b, c) = a·b + c; max, largest (over lanes); finite_or_zero (0 for -inf); exp2; store_weights;
-// pack_rows, pack_keys, pack_values. For packing, an instruction set has four (load four numbers) and transpose, where
-// part(j) is four units of key j and put(c, v) gets unit c of `lanes` keys.
+// pack_rows, pack_keys, pack_values. For packing, an instruction set has four (load four numbers, or E4M3 codes into
+// their lanes) and transpose, where part(j) is four units of key j and put(c, v) gets unit c of `lanes` keys.
 #pragma once
 
 #include "bfloat16.h"
+#include "float8.h"
 
 namespace dsa_rt::cpu {
 namespace {
@@ -55,7 +57,7 @@ struct Float32Operands : Base {
       for (int64_t d = 0; d < dim; d += 4)
         if (const int64_t left = dim - d; left >= 4)
           Base::transpose([&](int j) { return Base::four(key[j] + d); },
-                          [&](int c, Vec v) { Base::store(to + (d + c) * width + i, v); });
+                          [&](int c, Vec v) { Base::store(to + (d + c) * width + i, numbers<T>(v)); });
         else
           for (int64_t c = d; c < dim; ++c)
             for (int64_t j = 0; j < Base::lanes; ++j) to[c * width + i + j] = load_element(key[j] + c);
@@ -73,6 +75,11 @@ struct Float32Operands : Base {
   }
 
  private:
+  // What `four` loaded.
+  template <class T>
+  static Vec numbers(Vec loaded) {
+    return sizeof(T) == 1 ? float8_numbers(loaded) : loaded;
+  }
   template <class T>
   static float load_element(const T* p) {
     return cpu::load(p);

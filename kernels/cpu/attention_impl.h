@@ -12,6 +12,8 @@
 //            about as much as five queries
 //   score    for each tile S = Q·Kᵀ in fp32, 6 rows × one panel in registers, with the largest score of each row
 //   weigh    P = exp2((S - m)·c) over S in its place, as packed operands; by how much sums and outputs shrink
+//            With K and V in E4M3 a score is multiplied by its key's scale as it is made, and a weight by its value's
+//            scale before it is packed: E4M3 is exact in every packed type, so nothing else is rounded than without.
 //   gather   O = O·shrink + P·V, 6 rows × one panel in registers
 // The run's queries, sums and outputs stay in scratch that fits L2; a panel stays in L1 for all rows of a tile. Tiles
 // do not cross from one segment into the next, nor blocks of keys from one range into the next.
@@ -24,6 +26,7 @@
 
 #include "attention.h"
 #include "bfloat16.h"
+#include "float8.h"
 #include "multiply.h"
 
 namespace dsa_rt::cpu {
@@ -50,6 +53,7 @@ struct Work {
   float *scores;                    // [tile_rows][key_block]; weights in their place
   float *block_maximum;             // [tile_rows][lanes]
   float *top, *shift, *shrink;      // [tile_rows]: this block's maximum, what to subtract, what to scale sums by
+  float *key_scale, *value_scale;   // [key_block], of K and V in E4M3
   float *mask;                      // [width]: 0 for keys, -inf for padding
   size_t bytes;
 
@@ -77,6 +81,8 @@ struct Work {
     take(top, tile_rows);
     take(shift, tile_rows);
     take(shrink, tile_rows);
+    take(key_scale, key_block);
+    take(value_scale, key_block);
     take(mask, width);
   }
 };
@@ -87,7 +93,7 @@ T* row_of(const Heads& heads, int64_t batch, int64_t head, int64_t row) {
 }
 
 // Scores of a tile's rows with a block of keys, and their maxima, lane by lane.
-template <class V>
+template <class V, bool scaled>
 void score(const Work<V>& w, const typename V::Unit* queries, int64_t rows, int64_t keys) {
   constexpr int columns = V::columns;
   for (int64_t first = 0; first < keys; first += w.width) {
@@ -99,6 +105,9 @@ void score(const Work<V>& w, const typename V::Unit* queries, int64_t rows, int6
       for (int r = 0; r < block_rows; ++r) {
         float* to = w.scores + (row + r) * key_block + first;
         float* top = w.block_maximum + (row + r) * V::lanes;
+        if constexpr (scaled)
+#pragma GCC unroll 8
+          for (int c = 0; c < columns; ++c) total[r][c] = total[r][c] * V::load(w.key_scale + first + c * V::lanes);
         if (partial)
 #pragma GCC unroll 8
           for (int c = 0; c < columns; ++c) total[r][c] = total[r][c] + V::load(w.mask + c * V::lanes);
@@ -116,7 +125,7 @@ void score(const Work<V>& w, const typename V::Unit* queries, int64_t rows, int6
 
 // Scores to weights exp2((score - shift)·scale), shift the largest score so far, whose weight is exactly 1. If that is
 // -inf, 0 is taken, or a difference would be NaN: the weights are 0. NaN and +inf scores make a row NaN, as defined.
-template <class V>
+template <class V, bool scaled>
 void weigh(const Work<V>& w, float* maximum, float* sum, int64_t rows, int64_t keys, float scale) {
   const auto factor = V::all(scale);
   for (int64_t r = 0; r < rows; ++r) w.top[r] = V::largest(V::load(w.block_maximum + r * V::lanes));
@@ -139,7 +148,11 @@ void weigh(const Work<V>& w, float* maximum, float* sum, int64_t rows, int64_t k
       const auto b = V::exp2((V::load(row + i + V::lanes) - shift) * factor);
       even = even + a;
       odd = odd + b;
-      V::store_weights(weights + i / V::group, a, b);
+      if constexpr (scaled)
+        V::store_weights(weights + i / V::group, a * V::load(w.value_scale + i),
+                         b * V::load(w.value_scale + i + V::lanes));
+      else
+        V::store_weights(weights + i / V::group, a, b);
     }
     V::store(sum + r * V::lanes, even + odd);
   }
@@ -169,9 +182,17 @@ void gather(const Work<V>& w, float* out, int64_t rows, int64_t keys, int64_t fi
   }
 }
 
-// Queries [first, first + rows) of one head, all of one segment.
-template <class V, class T>
-void attend(const AttentionParams& p, const Work<V>& w, const AttentionSegment& segment, int64_t batch, int64_t head,
+// The scales of `keys` rows of a head; up to the end of a panel the last one is repeated, as keys are.
+inline void take_scales(float* to, const Scales& scales, int64_t batch, int64_t head, int64_t row, int64_t keys,
+                        int64_t padded) {
+  const float* from = scales.data + batch * scales.batch_stride + row * scales.row_stride + head;
+  for (int64_t i = 0; i < keys; ++i) to[i] = from[i * scales.row_stride];
+  for (int64_t i = keys; i < padded; ++i) to[i] = to[keys - 1];
+}
+
+// Queries [first, first + rows) of one head, all of one segment; K and V have elements of type S.
+template <class V, class T, class S>
+void attend(const ScaledAttentionParams& p, const Work<V>& w, const AttentionSegment& segment, int64_t batch, int64_t head,
             int64_t first, int64_t rows) {
   const int64_t padded = up(rows, tile_rows);
   V::pack_rows(w.queries, row_of<const T>(p.q, batch, head, first), p.q.row_stride, rows, w.dim);
@@ -182,9 +203,14 @@ void attend(const AttentionParams& p, const Work<V>& w, const AttentionSegment& 
 
   const double scale = 1.0 / sqrt(static_cast<double>(p.dim));
   const float scale_log2 = static_cast<float>(1.4426950408889634 * scale);  // log2(e)/√D
+  constexpr bool scaled = sizeof(S) == 1;
   const auto use_keys = [&](int64_t key, int64_t keys) {
-    const T* k = row_of<const T>(p.k, batch, head, key);
-    const T* v = row_of<const T>(p.v, batch, head, key);
+    const S* k = row_of<const S>(p.k, batch, head, key);
+    const S* v = row_of<const S>(p.v, batch, head, key);
+    if constexpr (scaled) {
+      take_scales(w.key_scale, p.k_scale, batch, head, key, keys, up(keys, w.width));
+      take_scales(w.value_scale, p.v_scale, batch, head, key, keys, up(keys, w.width));
+    }
     for (int64_t i = 0; i < keys; i += w.width)
       V::pack_keys(w.keys + i * w.steps, k + i * p.k.row_stride, p.k.row_stride, least(w.width, keys - i), w.dim);
     for (int64_t c = 0; c < w.out_width; c += w.width)
@@ -193,8 +219,8 @@ void attend(const AttentionParams& p, const Work<V>& w, const AttentionSegment& 
     for (int64_t i = 0, valid = (keys - 1) % w.width + 1; i < w.width; ++i) w.mask[i] = i < valid ? 0.0f : -INFINITY;
     for (int64_t tile = 0; tile < rows; tile += tile_rows) {
       const int64_t count = up(least(tile_rows, rows - tile), block_rows);
-      score<V>(w, w.queries + tile * w.steps, count, keys);
-      weigh<V>(w, w.maximum + tile, w.sum + tile * V::lanes, count, keys, scale_log2);
+      score<V, scaled>(w, w.queries + tile * w.steps, count, keys);
+      weigh<V, scaled>(w, w.maximum + tile, w.sum + tile * V::lanes, count, keys, scale_log2);
       for (int64_t c = 0; c < w.out_width; c += w.width)
         gather<V>(w, w.out + tile * w.out_width, count, keys, c, (w.out_width - c) / V::lanes);
     }
@@ -214,8 +240,8 @@ void attend(const AttentionParams& p, const Work<V>& w, const AttentionSegment& 
   }
 }
 
-template <class V, class T>
-void run(const AttentionParams& p, void* scratch, int64_t begin, int64_t end) {
+template <class V, class T, class S>
+void run(const ScaledAttentionParams& p, void* scratch, int64_t begin, int64_t end) {
   const Work<V> work(scratch, p.dim);
   const AttentionSegment whole = {p.active, {0, 0}, {p.rows, 0}};
   const AttentionSegment* segments = p.segments ? p.segments : &whole;
@@ -230,8 +256,8 @@ void run(const AttentionParams& p, void* scratch, int64_t begin, int64_t end) {
     }
     const int64_t count = least(least(end - begin, attention_tiles(segment->queries) - first), work.run_tiles);
     const int64_t row = first * tile_rows;
-    attend<V, T>(p, work, *segment, head / p.heads, head % p.heads, query + row,
-                 least(count * tile_rows, segment->queries - row));
+    attend<V, T, S>(p, work, *segment, head / p.heads, head % p.heads, query + row,
+                    least(count * tile_rows, segment->queries - row));
     begin += count;
   }
 }
@@ -241,8 +267,8 @@ size_t scratch_bytes(int64_t dim) {
   return Work<V>(nullptr, dim).bytes;
 }
 
-template <class V, class T>
-constexpr AttentionKernel attention_kernel = {scratch_bytes<V>, run<V, T>};
+template <class V, class T, class S = T>
+constexpr AttentionKernel attention_kernel = {scratch_bytes<V>, run<V, T, S>};
 
 }  // namespace
 }  // namespace dsa_rt::cpu

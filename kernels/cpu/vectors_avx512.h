@@ -30,6 +30,11 @@ struct Avx512 {
   static __m128i four(const BFloat16* p) {
     return _mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 16);
   }
+  static __m128i four(const Float8* p) {
+    int codes;
+    memcpy(&codes, p, sizeof codes);
+    return _mm_cvtepu8_epi32(_mm_cvtsi32_si128(codes));
+  }
   // Keys 0, 4, 8 and 12 share a register from the start, so that no later step crosses 128-bit lanes.
   template <class Part, class Put>
   static void transpose(Part part, Put put) {

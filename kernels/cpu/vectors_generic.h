@@ -48,6 +48,10 @@ struct Generic {
   static Vec four(const T* p) {
     return Vec{cpu::load(p), cpu::load(p + 1), cpu::load(p + 2), cpu::load(p + 3)};
   }
+  static Vec four(const Float8* p) {
+    typedef uint32_t Words __attribute__((vector_size(16)));
+    return (Vec)Words{p[0].bits, p[1].bits, p[2].bits, p[3].bits};
+  }
   template <class Part, class Put>
   static void transpose(Part part, Put put) {
     const Vec a = part(0), b = part(1), c = part(2), d = part(3);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -15,6 +16,8 @@ from dsa_rt import _native
 from dsa_rt.errors import OptionError, ShapeError
 from dsa_rt.ops import backend, rows, step, triton
 from dsa_rt.ops.backend import IMPLEMENTATIONS, choose
+
+FP8 = ("quantize_rows", "active_attention_fp8")
 
 
 def test_native_serves_every_op_on_cpu() -> None:
@@ -263,10 +266,47 @@ def test_triton_serves_only_where_asked_for_and_only_cuda() -> None:
     for op, implementations in IMPLEMENTATIONS.items():
         if op not in triton.FAMILIES:
             continue
-        assert implementations[-1].backend == "triton"
-        assert choose(op, "cuda", torch.float16) != "triton"
         with pytest.raises(OptionError, match=r"triton.*(only for cuda|not installed)"):
             choose(op, "cpu", torch.float32, "triton")
+        if op in FP8:
+            continue
+        assert implementations[-1].backend == "triton"
+        assert choose(op, "cuda", torch.float16) != "triton"
+
+
+@pytest.mark.parametrize("op", FP8)
+def test_fp8_on_cuda_is_triton_where_it_can_be(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no native kernel, in no build; without Triton or E4M3, and in fp16, it is the definition."""
+    native, others = IMPLEMENTATIONS[op][0], IMPLEMENTATIONS[op][1:]
+    assert native.backend == "native"
+    for built in ("", "90a"):
+        monkeypatch.setattr(backend.native, "build_info", lambda built=built: {"cuda": built})
+        with pytest.raises(OptionError, match=r"'native' was asked for, but native has no kernel for device 'cuda'"):
+            choose(op, "cuda", torch.bfloat16, "native")
+    monkeypatch.undo()
+    installed = [dataclasses.replace(i, missing="") if i.backend == "triton" else i for i in others]
+    monkeypatch.setitem(IMPLEMENTATIONS, op, (native, *installed))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert choose(op, "cuda", dtype) == "triton"
+    assert choose(op, "cuda", torch.float16) == "torch"
+    gone = [dataclasses.replace(i, missing="Triton is not installed") if i.run else i for i in installed]
+    monkeypatch.setitem(IMPLEMENTATIONS, op, (native, *gone))
+    assert choose(op, "cuda", torch.bfloat16) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dim", "why"),
+    [((9, 0), 128, None), ((8, 9), 1, None), ((8, 6), 64, "has no E4M3"), ((12, 0), 129, "head dimension is 129")],
+)
+def test_what_triton_refuses_of_attention_in_fp8(
+    capability: tuple[int, int], dim: int, why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    (found,) = (i for i in IMPLEMENTATIONS["active_attention_fp8"] if i.backend == "triton")
+    assert found.refuses is not None
+    said = found.refuses(torch.empty(1, 2, 3, dim), None)
+    assert said is None if why is None else why in str(said)
 
 
 def test_triton_gets_its_arguments_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,6 @@ from dsa_rt.kernels.triton.card import Card, card_of
 from torch import Tensor
 
 from dsa_rt import reference
-from dsa_rt.kv_rows import BLOCK, Float8Rows
 from dsa_rt.ops.triton import function
 from dsa_rt.reference import layers
 
@@ -335,37 +334,61 @@ def _attention(
 
 
 def _attention_fp8(
-    b: Buffers, batch: int, active: int, lengths: tuple[int, ...], heads: int, dim: int,
-    segments: tuple[tuple[int, ...], ...] = (), capability: int = 0,
+    b: Buffers, batch: int, active: int, total: int, heads: int, dim: int, segments: tuple[tuple[int, ...], ...] = (),
+    capability: int = 0, lse: bool = True,
 ) -> Iterator[Check]:  # fmt: skip
-    """K and V as :class:`Float8Rows` stores parts of some lengths; segments: queries, then one or two parts.
-    capability: tiles of another card than the one in use."""
-    total = sum(lengths)
-    stored = Float8Rows(1, batch, total, heads, dim, len(lengths), b.device)
-    stored.arrange(lengths)
-    k, v = (b.normal(batch, total, heads, dim, dtype=torch.float32) for _ in range(2))
-    starts = [sum(lengths[:part]) for part in range(len(lengths) + 1)]
-    blocks = [sum(-(-length // BLOCK) for length in lengths[:part]) for part in range(len(lengths))]
-    for part in range(len(lengths)):
-        here = slice(starts[part], starts[part + 1])
-        stored.write(0, part, k[:, here], v[:, here] * 3)
-        stored.read_into(0, part, k[:, here], v[:, here])
-    rows, plain = [], []
-    for count, *parts in segments or ((active, 0),):
-        ranges = [[starts[part], starts[part + 1], blocks[part]] for part in parts] + [[0, 0, 0]] * (2 - len(parts))
-        rows.append([count, *ranges[0], *ranges[1]])
-        plain.append([count, *ranges[0][:2], *ranges[1][:2]])
+    """Rows whose sizes differ; codes and scales of rows that no segment attends to are NaN. capability: tiles of
+    another card than the one in use."""
+    table = torch.tensor(segments, dtype=torch.int64) if segments else None
+    attended = torch.zeros(total, dtype=torch.bool, device=b.device)
+    for _, b0, e0, b1, e1 in segments or ((active, 0, total, 0, 0),):
+        attended[b0:e0] = attended[b1:e1] = True
+    stored, scales, wide = [], [], []
+    for size in (1, 3):
+        rows = b.wide(batch, total, heads, dim) * size * b.wide(batch, total, heads, 1).exp().clamp_max(2)
+        values, scale = layers.quantize_rows(rows)
+        wide.append(layers.dequantize_rows(values, scale))
+        values.view(torch.uint8)[:, ~attended] = 0x7F
+        scale[:, ~attended] = math.nan
+        stored.append(b.guarded(values))
+        scales.append(b.guarded(scale))
     q = b.guarded(b.normal(batch, active, heads, dim))
-    out, lse = b.poisoned(batch, active, heads, dim), b.poisoned(batch, heads, active, dtype=torch.float32)
+    out = b.poisoned(batch, active, heads, dim)
+    got_lse = b.poisoned(batch, heads, active, dtype=torch.float32) if lse else None
     card = Card(132, (capability, 0)) if capability else card_of(q)
     with mock.patch("dsa_rt.kernels.triton.attention_fp8.card_of", lambda tensor: card):
-        function("active_attention_fp8")(
-            out, q, stored.k[0], stored.v[0], stored.k_scale[0], stored.v_scale[0], lse,
-            torch.tensor(rows) if segments else None,
-        )  # fmt: skip
-    table = torch.tensor(plain)
-    yield compare("out", out, layers.active_attention(q.float(), k, v, table), 1e-5, 6 * ROUNDING[b.dtype])
-    yield compare("lse", lse, layers.attention_log_sum_exp(q.float(), k, table), 2e-6, 1e-5)
+        function("active_attention_fp8")(out, q, *stored, *scales, got_lse, table)
+    # Weights times V's scales are rounded to 16 bits before they meet E4M3 numbers; the sum is of elements up to 30.
+    want = layers.active_attention(q.float(), *wide, table)
+    yield compare("out", out, want, 1e-5, 2e-5 + 6 * ROUNDING.get(b.dtype, 0.0))
+    if got_lse is not None:
+        yield compare("lse", got_lse, layers.attention_log_sum_exp(q.float(), wide[0], table), 2e-6, 1e-5)
+
+
+def _quantize(
+    b: Buffers, batch: int, active: int, total: int, heads: int, dim: int, slots: str = "some", beyond: bool = False
+) -> Iterator[Check]:
+    """Rows of all sizes that their dtype has, zeros, infinity and NaN among them."""
+    rows = (b.wide(batch, active, heads, dim) * torch.exp(8 * b.wide(batch, active, heads, 1))).to(b.dtype)
+    rows[0, 0, 0] = 0
+    rows[0, active // 2, 0, dim // 2], rows[0, -1, -1, 0] = math.inf, math.nan
+    places = torch.arange(active, device=b.device) if slots == "none" else b.distinct(total, active)
+    stored = torch.ones(active, dtype=torch.bool, device=b.device)
+    asked = places.clone()
+    if beyond:
+        asked[0], asked[-1] = -1, total
+        stored[0] = stored[-1] = False
+    out = b.poisoned(batch, total, heads, dim, dtype=torch.float8_e4m3fn)
+    scale = b.poisoned(batch, total, heads, dtype=torch.float32)
+    want, want_scale = layers.quantize_rows(rows)
+    function("quantize_rows")(out, scale, b.guarded(rows), None if slots == "none" else asked)
+    others = torch.ones(total, dtype=torch.bool, device=b.device)
+    others[places[stored]] = False
+    codes, want_codes = out.contiguous().view(torch.uint8), want.view(torch.uint8)
+    yield exact("out", codes[:, places[stored]], want_codes[:, stored])
+    yield exact("scale", scale[:, places[stored]], want_scale[:, stored])
+    yield exact("other rows of out", codes[:, others], torch.full_like(codes[:, others], 0x7F))
+    yield exact("other rows of scale", scale[:, others], torch.full_like(scale[:, others], math.nan))
 
 
 _OPS: dict[str, Callable[..., Iterator[Check]]] = {
@@ -382,4 +405,5 @@ _OPS: dict[str, Callable[..., Iterator[Check]]] = {
     "confidence_pool": _pool,
     "active_attention": _attention,
     "active_attention_fp8": _attention_fp8,
+    "quantize_rows": _quantize,
 }

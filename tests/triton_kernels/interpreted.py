@@ -113,15 +113,20 @@ CASES = [
     ),
     *_each(
         "active_attention_fp8",
-        {"batch": 2, "active": 5, "lengths": (130,), "heads": 2, "dim": 24},
+        {"batch": 2, "active": 5, "total": 130, "heads": 2, "dim": 24},
+        {**_ATTENTION, "segments": _SEGMENTS},
+        {"batch": 1, "active": 3, "total": 132, "heads": 1, "dim": 66, "capability": 12, "lse": False},
         {
-            "batch": 1, "active": 70, "lengths": (65, 3, 64), "heads": 2, "dim": 16,
-            "segments": ((64, 0, 2), (0, 1), (5, 2, 1), (1, 1)),
+            "batch": 1, "active": 70, "total": 200, "heads": 2, "dim": 16,
+            "segments": ((69, 7, 71, 100, 193), (1, 0, 1, 9, 9)),
         },
-        {
-            "batch": 1, "active": 3, "lengths": (97, 35), "heads": 1, "dim": 66,
-            "segments": ((3, 0, 1),), "capability": 12,
-        },
-        dtypes=("float16",),
+        {"batch": 1, "active": 1, "total": 1, "heads": 2, "dim": 128},
+    ),
+    *_each(
+        "quantize_rows",
+        {"batch": 2, "active": 5, "total": 9, "heads": 3, "dim": 24},
+        {"batch": 2, "active": 7, "total": 11, "heads": 2, "dim": 37, "beyond": True},
+        {"batch": 1, "active": 130, "total": 150, "heads": 2, "dim": 64, "slots": "none"},
+        {"batch": 1, "active": 1, "total": 1, "heads": 1, "dim": 1},
     ),
 ]

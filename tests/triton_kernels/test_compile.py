@@ -60,6 +60,7 @@ def call_all_but_attention(dtype: torch.dtype) -> set[str]:
         "qk_norm_rope_store": (cache[:, :active], cache, cache, x, x, x, weight, weight, angles, angles, rows, 1e-6),
         "gather_rows": (x, cache.flatten(2), rows),
         "scatter_rows": (cache.flatten(2), rows, x),
+        "quantize_rows": (cache.to(torch.float8_e4m3fn), cache[..., 0].float(), x.unflatten(2, (heads, dim)), rows),
         "confidence_pool": (pooled, empty(heads, dim, dtype=fp32), x, weight, x, 1e-6, scratch),
         "philox_normal": (latents, seeds, tokens, 3),
         "renoise": (latents, latents, velocity, 0.9, 0.5, seeds, tokens, 3, latents),
@@ -77,12 +78,12 @@ def test_all_but_attention(arch: int, dtype: torch.dtype, tmp_path: Path) -> Non
         ops = call_all_but_attention(dtype)
     assert ops == {name for name in FAMILIES if "attention" not in name and not name.endswith("_scratch")}
     check(kernels, arch, {
-        "_norm_modulate", "_rms_norm", "_qk_norm_rope_store", "_move_rows", "_scores", "_partial", "_merge",
-        "_philox_normal", "_renoise", "_store_fresh", "_advance", "_exit_decision",
+        "_norm_modulate", "_rms_norm", "_qk_norm_rope_store", "_move_rows", "_quantize_rows", "_scores", "_partial",
+        "_merge", "_philox_normal", "_renoise", "_store_fresh", "_advance", "_exit_decision",
     })  # fmt: skip
     for kernel in kernels:
         contracted = "fma.rn" in kernel.ptx
-        if kernel.kernel in ("_philox_normal", "_renoise", "_store_fresh", "_advance"):
+        if kernel.kernel in ("_philox_normal", "_renoise", "_store_fresh", "_advance", "_quantize_rows"):
             assert not contracted, f"{kernel.kernel} has fused multiply-adds, which change bits"
             assert "approx" not in kernel.ptx and ".ftz" not in kernel.ptx
         if kernel.kernel in (
@@ -125,12 +126,12 @@ def test_attention_as_chosen(arch: int, dtype: torch.dtype, dim: int, tmp_path: 
     check_attention(kernels, arch)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64)])
 @pytest.mark.parametrize("arch", [90, 120])
-def test_attention_of_fp8(arch: int, dim: int, tmp_path: Path) -> None:
-    q, k = empty(1, 1170, 12, dim), empty(1, 8192, 12, dim, dtype=torch.float8_e4m3fn)
-    scale = empty(1, 128, 12, dtype=torch.float32)
+def test_attention_of_fp8(arch: int, dtype: torch.dtype, dim: int, tmp_path: Path) -> None:
+    q, k = empty(1, 1170, 12, dim, dtype=dtype), empty(1, 8192, 12, dim, dtype=torch.float8_e4m3fn)
+    scale = empty(1, 8192, 12, dtype=torch.float32)
     with compiling(arch, tmp_path) as kernels:
-        function("active_attention_fp8")(q, q, k, k, scale, scale, empty(1, 12, 1170, dtype=torch.float32))
+        function("active_attention_fp8")(q, q, k, k, scale, scale, empty(1, 12, 1170, dtype=torch.float32), SEGMENTS)
     check(kernels, arch, {"_attention_fp8"})
     assert sum(matrix_instructions(kernels[0]).values()) > 0

@@ -45,11 +45,10 @@ def _large() -> list[Case]:
             Case("active_attention", dtype, {**WAN, "active": 4680, "total": 18720, "dim": 64}),
             Case("active_attention", dtype, {**WAN, "heads": 1, "active": 100, "total": 32760}),  # rows are shared
             Case("active_attention", dtype, {**WAN, "active": 4690, "total": 32760, "segments": SEGMENTS}),
+            Case("active_attention_fp8", dtype, {**WAN, "active": 1170, "total": 32760}),
+            Case("active_attention_fp8", dtype, {**WAN, "active": 4690, "total": 32760, "segments": SEGMENTS}),
+            Case("quantize_rows", dtype, {**WAN, "active": 4680, "total": 32760}),
         ]
-    cases += [
-        Case("active_attention_fp8", dtype, {**WAN, "active": 1170, "lengths": (8190, 24570)})
-        for dtype in ("bfloat16", "float16")
-    ]
     return cases
 
 
