@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 import dsa_rt
 from bench import common
-from dsa_rt.engine import Engine, Lane, Recorder, Sizes
+from dsa_rt.engine import Engine, Lane, Sizes
 from dsa_rt.generate import Generate
-from dsa_rt.recording import Recorded, record
+from dsa_rt.recording import Recorded, Recorder, record
 from dsa_rt.sampler.rollout import Rollout, advance
 
 PROMPT = "a red square bouncing, a blue circle at rest"

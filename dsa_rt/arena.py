@@ -24,6 +24,8 @@ class Arena:
         count = math.prod(shape)
         held = self._held.get((name, dtype))
         if held is None or len(held) < count:
+            held = None  # a smaller one goes first, so that two are never there
+            self._held.pop((name, dtype), None)
             held = self._held[name, dtype] = torch.empty(count, dtype=dtype, device=self.device)
             self.allocations += 1
         return held[:count].view(*shape)

@@ -11,6 +11,7 @@ the first pass of the other can run as one; the attended rows then are one or tw
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -146,3 +147,21 @@ class TextKV:
 
     layers: list[tuple[Tensor, Tensor]]
     image_layers: list[tuple[Tensor, Tensor]] | None = None
+
+    @classmethod
+    def room(
+        cls, layers: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str, images: int = 0
+    ) -> TextKV:
+        """Zeros, for :meth:`dsa_rt.models.wan.WanModel.embed_text` to write to.
+
+        shape: (B, L, H, D); images: CLIP rows.
+        """
+
+        def pairs(rows: int) -> list[tuple[Tensor, Tensor]]:
+            sizes = (shape[0], rows, *shape[2:])
+            return [
+                (torch.zeros(sizes, dtype=dtype, device=device), torch.zeros(sizes, dtype=dtype, device=device))
+                for _ in range(layers)
+            ]
+
+        return cls(pairs(shape[1]), pairs(images) if images else None)

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,17 +28,11 @@ from dsa_rt.models.confidence import ConfidenceHead
 from dsa_rt.models.wan import Output, WanModel
 from dsa_rt.ops import step as ops
 from dsa_rt.plan import ActiveSet, TokenGrid, frame_tokens, rope_axes, rope_table
-from dsa_rt.recording import Recorded, record
+from dsa_rt.recording import Recorded, Recorder, record
 from dsa_rt.schedule import TRAIN_TIMESTEPS
 
 CONTEXT = -1
 """The level of a context pass: timestep 0."""
-
-
-class Recorder(Protocol):
-    """What makes a pass replayable, see :func:`dsa_rt.recording.record`."""
-
-    def __call__(self, device: torch.device, function: Callable[[], None], *, pool: Any = None) -> Recorded: ...
 
 
 @dataclass(frozen=True)
@@ -187,10 +180,7 @@ class Engine:
             self.tables = model.modulation(timesteps)
         length = config.text_length
         shape = (1, sizes.lanes * length, config.heads, config.head_dim)
-        self.text = TextKV([
-            (torch.zeros(shape, dtype=model.dtype, device=device), torch.zeros(shape, dtype=model.dtype, device=device))
-            for _ in range(config.layers)
-        ])  # fmt: skip
+        self.text = TextKV.room(config.layers, shape, model.dtype, device)
 
     @contextmanager
     def working(self) -> Iterator[None]:

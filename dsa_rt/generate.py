@@ -6,8 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
-from dataclasses import replace
+from contextlib import closing, contextmanager
 from threading import Event as CancelFlag
 from typing import TYPE_CHECKING, cast
 
@@ -19,17 +18,17 @@ from dsa_rt.errors import MemoryLimitError, OptionError
 from dsa_rt.images import read_image
 from dsa_rt.media import Video
 from dsa_rt.memory import MemoryPlan
-from dsa_rt.policy import HSA, Calibration, Decider, Fixed, Policy, StepPlan
+from dsa_rt.policy import Calibration, Decider, Fixed, Policy
 from dsa_rt.policy.targets import Cost
 from dsa_rt.progress import Event
-from dsa_rt.sampler.rollout import advance
-from dsa_rt.schedule import euler_sigmas
+from dsa_rt.recording import record
+from dsa_rt.sampler.rollout import DenoisedChunk, advance
 from dsa_rt.session import Chunk, OnEvent, Session, checked_text
-from dsa_rt.settings import Settings, expert_steps
+from dsa_rt.settings import Settings
 from dsa_rt.stats import ChunkStats
+from dsa_rt.workspace import Workspace
 
 if TYPE_CHECKING:
-    from dsa_rt.bundle import Manifest
     from dsa_rt.images import ImageLike
     from dsa_rt.runtime import Runtime
 
@@ -48,6 +47,7 @@ class Generate:
         self._cost: Cost | None = None
         self._free: list[Lane] = []
         self._engine: Engine | None = None
+        self._idle: Workspace | None = None
         self._lock = threading.Lock()
         # Whether a chunk's first pass starts before the one before it is handed out. A CPU would only be late then.
         self.ahead = runtime.device.type == "cuda" and settings.sessions == 1
@@ -70,20 +70,18 @@ class Generate:
 
     def warm_up(self, on_event: OnEvent | None, started: float) -> None:
         """Make all buffers, run every kind of pass once, and time them where the policy's target is a speed."""
-        settings, chunks = self.settings, list[ChunkStats]()
-        if settings.causal:
-            self._free = self._lanes(settings.sessions)
-            self._engine = self._free[0].engine
+        settings = self.settings
+        if not settings.causal:
+            self._warm_up_whole()
+            if on_event is not None:
+                on_event(Event("warmup", chunk=0, chunks=1, seconds=time.perf_counter() - started))
+            return
+        self._free = self._lanes(settings.sessions)
+        self._engine = self._free[0].engine
+        chunks, text_seconds = list[ChunkStats](), 0.0
         rounds = 3 if settings.policy.needs_cost else 1
-        probe = self if settings.causal else Generate(self.runtime, _shortest(settings, self.runtime.manifest))
-        text_seconds = 0.0
         for number in range(rounds):
-            once = Fixed().begin(settings.passes, None) if settings.causal else None
-            session = Session(
-                probe, "", 0, chunks=None if settings.causal else 1, prompt_rows=self.runtime.text_encoder.encode([""]),
-                image=_grey(settings) if self.runtime.manifest.image_conditioning == "concat" else None, decider=once,
-            )  # fmt: skip
-            with closing(session):
+            with closing(self._probe(None, Fixed().begin(settings.passes, None))) as session:
                 for _ in range(1 if rounds == 1 else min(settings.chunks, 8)):
                     chunks.append(session.next_chunk().stats)
             text_seconds = session.text_ms / 1000
@@ -98,22 +96,63 @@ class Generate:
             )  # fmt: skip
             self.decider(settings.chunks)
 
+    def _warm_up_whole(self) -> None:
+        """Of a many-step bundle: every kind of pass, then the decoder."""
+        settings = self.settings
+        with self._within_plan():
+            workspace = Workspace(self.runtime, settings, record if settings.plan.held else None)
+            workspace.warm_up()
+            if settings.plan.held:
+                self._idle = workspace
+            del workspace
+            frames = range(settings.latent_frames)
+            rows = torch.zeros(1, len(frames) * settings.grid.tokens, self.runtime.model.config.velocity_dim)
+            done = DenoisedChunk(0, frames, rows.to(self.runtime.device), 0, (), None, lambda: (0.0, 0.0))
+            with closing(self._probe(1, None)) as session:
+                session.finish(done)
+
+    def _probe(self, chunks: int | None, decider: Decider | None) -> Session:
+        """A clip of no particular prompt."""
+        grey = self.runtime.manifest.image_conditioning == "concat"
+        return Session(
+            self, "", 0, chunks=chunks, prompt_rows=self.runtime.text_encoder.encode([""]),
+            image=_grey(self.settings) if grey else None, decider=decider,
+        )  # fmt: skip
+
     def _lanes(self, count: int) -> list[Lane]:
         """Of a new engine: everything that ``count`` clips side by side run on, each kind of pass recorded."""
         runtime, s = self.runtime, self.settings
         sizes = Sizes(s.grid, s.chunk_frames, s.window, s.sink, s.places, s.sigmas, count)
-        try:
+        with self._within_plan():
             engine = Engine(runtime.model, runtime.head, sizes, runtime.device)
             lanes = engine.lanes()
             with engine.working():
                 engine.warm_up(lanes, s.chunks, judged=not isinstance(s.policy, Fixed))
+        return lanes
+
+    @contextmanager
+    def _within_plan(self) -> Iterator[None]:
+        """:class:`MemoryLimitError` with the plan where memory runs out all the same."""
+        try:
+            yield
         except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for either kind of memory
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
+            if isinstance(error, MemoryLimitError) or (isinstance(error, RuntimeError) and "memory" not in str(error)):
                 raise
             raise MemoryLimitError(
-                f"memory ran out in compile, though the plan fits what was free:\n{s.plan.table()}\n{error}"
+                f"memory ran out in compile, though the plan fits what was free:\n{self.plan.table()}\n{error}"
             ) from error
-        return lanes
+
+    @contextmanager
+    def workspace(self) -> Iterator[Workspace]:
+        """What one clip of a many-step bundle runs on: that which compile made, if it did and nobody is using it, or
+        another one that goes with the clip."""
+        with self._lock:
+            mine, self._idle = self._idle, None
+        try:
+            yield mine or Workspace(self.runtime, self.settings)
+        finally:
+            if mine is not None:
+                self._idle = mine
 
     def lend(self) -> Lane:
         """A lane for one clip; give it back with :meth:`take_back`."""
@@ -300,20 +339,6 @@ class Generate:
         if manifest.image_conditioning == "first-frame" and settings.image_plan is None:
             raise OptionError("image was given, but one frame was asked for, which it would be; ask for more frames")
         return read_image(image, settings.height, settings.width)
-
-
-def _shortest(settings: Settings, manifest: Manifest) -> Settings:
-    """The least that runs every kind of pass once."""
-    plan, sigmas = settings.token_plan, settings.sigmas
-    assert plan is not None  # of many steps
-    if not isinstance(settings.policy, HSA):
-        sigmas = (1.0, 0.0) if manifest.boundary is None else (1.0, manifest.boundary / 2, 0.0)
-        return replace(settings, sigmas=sigmas, token_plan=StepPlan.dense(len(sigmas) - 1, plan.tokens))
-    policy = settings.policy.shortest(plan.steps)
-    sigmas = tuple(euler_sigmas(policy.steps or 1, 1.0))
-    full = expert_steps(manifest, sigmas)
-    plan = policy.plan(len(sigmas) - 1, plan.tokens, plan.tokens_per_frame, full=full)
-    return replace(settings, policy=policy, sigmas=sigmas, token_plan=plan)
 
 
 def _grey(settings: Settings) -> Tensor:

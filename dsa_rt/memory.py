@@ -26,8 +26,9 @@ class MemoryPlan:
     conditions, and cached and fresh velocities.
 
     host: bytes of page-locked host memory beside a CUDA device. storage: of K/V between steps, one of
-    :data:`dsa_rt.sync.STORAGES`; reason: why that one, where the planner chose. live: the most of all parts but the
-    weights that is there at one time: a many-step run, for one, has let go of its K/V when it decodes. None: all.
+    :data:`dsa_rt.sync.STORAGES`; held: whether compile makes all buffers, which then stay, or a many-step run makes
+    them for each clip and has let go of them when it decodes; reason: why these, where the planner chose. live: the
+    most of all parts but the weights that is there at one time. None: all.
     """
 
     weights: int
@@ -38,6 +39,7 @@ class MemoryPlan:
     velocities: int = 0
     host: int = 0
     storage: str = "model"
+    held: bool = True
     reason: str = ""
     live: int | None = None
 
@@ -60,9 +62,14 @@ class MemoryPlan:
         lines = [f"{name:<12}{size / 1e6:10.1f} MB" for name, size in parts.items()]
         if self.host:
             lines.append(f"{'host memory':<12}{self.host / 1e6:10.1f} MB")
-        if self.storage != "model" or self.reason:
-            lines.append(f"K/V storage {self.storage}{f' ({self.reason})' if self.reason else ''}")
+        if self.storage != "model" or not self.held or self.reason:
+            lines.append(f"K/V storage {self.manner}{f' ({self.reason})' if self.reason else ''}")
         return "\n".join(lines)
+
+    @property
+    def manner(self) -> str:
+        """How K/V and other buffers are kept, in words."""
+        return self.storage if self.held else f"{self.storage}, buffers made for each clip"
 
     def check(self, limit: int | None, device: torch.device) -> None:
         """:class:`MemoryLimitError` when the plan passes the user's limit or what is free on the device now."""
@@ -98,16 +105,16 @@ def choose(
     plans: Sequence[MemoryPlan], limit: int | None, device: torch.device, *, here: bool = True
 ) -> MemoryPlan:
     """The first plan that fits the limit and, where it runs ``here``, what is free now; its reason says what was wrong
-    with those before it. Plans of one run differ in their storage. :class:`MemoryLimitError` where none fits."""
+    with those before it. Plans of one run differ in how K/V are kept. :class:`MemoryLimitError` where none fits."""
     refused: list[tuple[MemoryPlan, str]] = []
     for plan in plans:
         fault = plan.shortage(limit, device, here=here)
         if fault is None:
-            said = [f"{other.storage} would take {_needs(other)}, but {why}" for other, why in refused]
+            said = [f"{other.manner} would take {_needs(other)}, but {why}" for other, why in refused]
             return replace(plan, reason="; ".join(said) or ("it fits" if len(plans) > 1 else ""))
         refused.append((plan, fault))
     least, fault = min(refused, key=lambda pair: pair[0].total)
-    each = ", ".join(f"{plan.storage} {_needs(plan)}" for plan in plans)
+    each = "; ".join(f"{plan.manner}: {_needs(plan)}" for plan in plans)
     needs = _needs(least) + (f" (with K/V storage {each})" if len(plans) > 1 else "")
     largest = max(_REMEDIES, key=lambda name: getattr(least, name))
     raise MemoryLimitError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -89,19 +90,23 @@ class ActiveSet:
     segments: Tensor | None = None
     text_segments: Tensor | None = None
 
-    def take(self, index: Tensor, parts: Sequence[range], valid: int) -> ActiveSet:
-        """The tokens at ``index`` [A] of this set; they take the cache rows of ``parts``, A in all."""
+    def room(self, parts: Sequence[range], valid: int) -> ActiveSet:
+        """Some of these tokens, whose numbers, rotations and modulation rows are written later: as many as ``parts``
+        have cache rows, which they take."""
         slots = torch.cat([torch.arange(0), *(torch.arange(part.start, part.stop) for part in parts)])
-        return ActiveSet(
-            self.tokens[index], self.cos[index], self.sin[index], self.modulation_rows[index], slots.to(index.device),
-            valid, tuple(parts),
-        )  # fmt: skip
+        tokens, cos, sin, modulation_rows = (
+            t.new_zeros(len(slots), *t.shape[1:]) for t in (self.tokens, self.cos, self.sin, self.modulation_rows)
+        )
+        return ActiveSet(tokens, cos, sin, modulation_rows, slots.to(tokens.device), valid, tuple(parts))
 
     @cached_property
     def slot_range(self) -> tuple[int, int] | None:
         """(start, stop) when the slots are consecutive, so that a write is a plain copy; else None."""
         if self.slots is None or not len(self.slots):
             return None
+        if self.parts:  # known here, where reading the slots would wait for the device
+            adjoin = all(left.stop == right.start for left, right in pairwise(self.parts))
+            return (self.parts[0].start, self.parts[-1].stop) if adjoin else None
         first, count = int(self.slots[0]), len(self.slots)
         consecutive = torch.equal(self.slots.cpu(), torch.arange(first, first + count))
         return (first, first + count) if consecutive else None

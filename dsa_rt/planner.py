@@ -18,6 +18,7 @@ from dsa_rt.codec.wan_vae import WanVaeConfig
 from dsa_rt.errors import OptionError
 from dsa_rt.memory import MemoryPlan
 from dsa_rt.models.wan import WanConfig
+from dsa_rt.ops.backend import choose
 from dsa_rt.plan import TokenGrid
 from dsa_rt.policy import StepPlan
 from dsa_rt.sync import STORAGES, sync_bytes, sync_host_bytes
@@ -99,10 +100,21 @@ def storages(asked: str, run: Run, policy: str) -> tuple[str, ...]:
     return ("model",)
 
 
-def plan_memory(subject: Subject, run: Run, storage: str) -> MemoryPlan:
+def plans_memory(subject: Subject, run: Run, asked: str, policy: str) -> list[MemoryPlan]:
+    """The plans to try, in this order: buffers that stay before those of each clip, and what is exact before FP8. K/V
+    in host memory come and go layer by layer, in passes that cannot be recorded; see :func:`storages`."""
+    return [
+        plan_memory(subject, run, storage, held)
+        for storage in storages(asked, run, policy)
+        for held in (True, False)
+        if (held or run.plans) and not (held and storage == "host")
+    ]
+
+
+def plan_memory(subject: Subject, run: Run, storage: str, held: bool = True) -> MemoryPlan:
     """The parts of a run, and the most that is live at once; see :class:`MemoryPlan`.
 
-    K/V, velocities and output are exact. Activations and decoding are bounds, counted on small models.
+    K/V, rows and output are exact. Activations and decoding are bounds, counted on small models.
     """
     model, manifest = subject.model, subject.manifest
     sizes = (run.branches, model.layers, model.heads, model.head_dim, subject.dtype, storage, subject.device)
@@ -116,25 +128,30 @@ def plan_memory(subject: Subject, run: Run, storage: str) -> MemoryPlan:
     if run.plans:  # made whole, then decoded
         kv = text + max(sync_bytes(plan, *sizes) for plan in run.plans)
         host = max(sync_host_bytes(plan, *sizes) for plan in run.plans)
-        kept = text // (run.branches * _experts(manifest)) + 4 * run.plans[0].tokens * model.patch_dim + latents
-        live = max(kv + velocities + activations, kept + decode)
+        own, kept = kv + velocities + activations, 2 * latents  # as rows, and as they are handed out
+        live = own + kept + decode if held else max(own + latents, kept + decode)
     else:  # chunk by chunk, which then are joined
         kv = text + cache_bytes(model.layers, run.sessions, run.places, run.grid.tokens, model.dim, subject.dtype)
         live = kv + activations + output * run.sessions + max(decode + carried * (run.sessions - 1), output)
-    return MemoryPlan(subject.weights, kv, activations, decode, output, velocities, host, storage, live=live)
+    return MemoryPlan(subject.weights, kv, activations, decode, output, velocities, host, storage, held, live=live)
 
 
 def _activation_bytes(subject: Subject, run: Run) -> int:
-    """Of a many-step run the larger of two moments in a block, for each row of a full pass. Around self-attention:
-    residual, normed row, q, k, v, and four fp32 rows while PyTorch norms and turns q and k (a kernel needs none of
-    these). In the feed-forward network: residual, normed row, output of cross-attention, and the wide row before and
-    after its GELU. Beside them tables of modulation. PyTorch's own attention may add scores of up to 67 MB on a CPU.
+    """Of a many-step run, for each row of a full pass: residual, normed row, query, K, V, output of attention, the
+    widest row (q, k and v, or the hidden row of the feed-forward network) and velocity; four fp32 rows where the
+    framework norms and turns q and k. On CUDA one more wide row, which the framework's matmul makes. Beside them
+    tables of modulation. PyTorch's own attention may add scores of up to 67 MB on a CPU.
     """
     if not run.plans:
         return _engine_bytes(subject, run)
-    model, size = subject.model, subject.dtype.itemsize
-    row = max(model.dim * (5 * size + 16), (3 * model.dim + 2 * model.ffn_dim) * size)
-    return run.chunk * run.grid.tokens * row + 2 * _TABLES * model.dim
+    model, size, kind = subject.model, subject.dtype.itemsize, subject.device.type
+    wide = max(3 * model.dim, model.ffn_dim) * (2 if kind == "cuda" else 1)
+    row = size * (6 * model.dim + wide + model.velocity_dim)
+    if choose("qk_norm_rope_store", kind, subject.dtype) == "torch":
+        row += 16 * model.dim
+    levels = sum(plan.steps + _experts(subject.manifest) for plan in run.plans)
+    tables = 4 * model.dim * (levels * (6 * model.layers + 2) + 2 * model.layers)
+    return run.chunk * run.grid.tokens * row + tables
 
 
 def _engine_bytes(subject: Subject, run: Run) -> int:
@@ -157,13 +174,10 @@ def _engine_bytes(subject: Subject, run: Run) -> int:
     return 2 * run.sessions * tokens * row + clean + tables + 8 * tokens * model.patch_dim
 
 
-_TABLES = 4 * (3 * 6 + 2)  # bytes of modulation for each channel and row of timesteps: step, layer, their sum, norms
-
-
 def _prompt_bytes(subject: Subject, run: Run) -> int:
     """Cross-attention K/V of text and CLIP rows, for each branch of guidance and each expert."""
     model = subject.model
-    rows = model.text_length + _image_rows(subject.manifest)
+    rows = model.text_length + image_rows(subject.manifest)
     each = 2 * model.layers * rows * model.dim * subject.dtype.itemsize
     return each * run.branches * _experts(subject.manifest)
 
@@ -172,7 +186,7 @@ def _experts(manifest: Manifest) -> int:
     return 1 if manifest.boundary is None else 2
 
 
-def _image_rows(manifest: Manifest) -> int:
+def image_rows(manifest: Manifest) -> int:
     """CLIP rows of an image: its patches and one for all."""
     if manifest.image_encoder is None:
         return 0
@@ -181,18 +195,20 @@ def _image_rows(manifest: Manifest) -> int:
 
 
 def _row_bytes(model: WanConfig, run: Run) -> int:
-    """fp32 rows of a many-step run, and the rotations of its active sets. The cache of velocities is after guidance,
-    one for both branches."""
+    """fp32 rows of a many-step run, those of the text encoder too, and its active sets: rotations, numbers, and where
+    K/V go. The cache of velocities is after guidance, one for both branches."""
     if not run.plans:
         return 0
     width, extra = model.velocity_dim, model.patch_dim - model.velocity_dim
     extrapolated = any(plan.policy is not None and plan.policy.update == "extrapolated" for plan in run.plans)
+    ordered = any(plan.arranged for plan in run.plans)
     kept = 2 * width + extra + (width if extrapolated else 0)  # latents, velocity cache, conditions, slopes
-    fresh = (4 if run.guided or extrapolated else 1) * width  # both branches, their difference, their mix
-    ordered = any(plan.kept_rows for plan in run.plans)
-    given = (width if ordered else 0) + (width + 2 * extra if extra else 0)  # gathered, and joined with conditions
-    sets = 3 if ordered else 1  # in token order; all and some in that of groups
-    return 4 * run.plans[0].tokens * (kept + fresh + given + sets * model.head_dim)
+    fresh = (2 if run.guided or extrapolated else 1) * width
+    given = (width + extra if extra or ordered else 0) + (extra if ordered else 0)  # gathered, joined with conditions
+    tokens, each = run.plans[0].tokens, 4 * model.head_dim + 24
+    sets = sum(len(part) * (each + 8) for plan in run.plans for parts in plan.arranged.values() for part in parts)
+    text = 4 * run.branches * model.text_length * model.text_dim
+    return 4 * tokens * (kept + fresh + given + 8) + each * tokens * len(run.plans) + sets + text
 
 
 def _decode_bytes(subject: Subject, run: Run) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +37,12 @@ class Recorded:
     reason: str = ""
     ops: tuple[str, ...] = ()
     bytes: int = 0
+
+
+class Recorder(Protocol):
+    """What makes a pass replayable: :func:`record`, or another in its place."""
+
+    def __call__(self, device: torch.device, function: Callable[[], None], *, pool: Any = None) -> Recorded: ...
 
 
 def record(device: torch.device | str, function: Callable[[], object], *, pool: Any = None) -> Recorded:

@@ -8,14 +8,13 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Event as CancelFlag
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dsa_rt.cache import TextKV
 from dsa_rt.clock import Clock
 from dsa_rt.engine import CONTEXT, Piece
 from dsa_rt.errors import Cancelled, OptionError, PromptError
@@ -24,14 +23,12 @@ from dsa_rt.policy import StepPlan
 from dsa_rt.policy.base import Decider
 from dsa_rt.progress import Event, EventKind
 from dsa_rt.sampler.conditions import Conditions, image_conditions
-from dsa_rt.sampler.ode import Expert, solve
 from dsa_rt.sampler.rollout import DenoisedChunk, Launched, Rollout, launch, take
 from dsa_rt.stats import ChunkStats, Stats, frames_sha256, peak_memory
 from dsa_rt.trace import stage
 
 if TYPE_CHECKING:
     from dsa_rt.generate import Generate
-    from dsa_rt.models.wan import WanModel
 
 OnEvent = Callable[[Event], None]
 
@@ -92,7 +89,6 @@ class Session:
         self._other_rows = self._encode_other(negative_prompt)
         self._image_rows, self._conditions = self._encode_image()
         self._rollout = self._start_rollout(decider) if self.settings.causal else None
-        self._text = None if self._rollout else _embed(self._runtime.model, self._text_rows, self._image_rows)
         self.text_ms = self._elapsed_ms()
         self._decoder = self._runtime.codec.stream_decoder()
         self._recent: deque[range] = deque()
@@ -166,21 +162,15 @@ class Session:
         return self._rollout
 
     def _solve(self) -> DenoisedChunk:
-        runtime, settings = self._runtime, self.settings
-        assert self._text is not None
-        expert, low = self._expert(runtime.model, self._text, settings.guidance), None
-        if runtime.model_2 is not None and settings.guidance_2 is not None:
-            text = _embed(runtime.model_2, self._text_rows, self._image_rows)
-            low = self._expert(runtime.model_2, text, settings.guidance_2)
-        return solve(
-            runtime.model, settings.grid, range(settings.latent_frames), expert.text, expert.empty, settings.sigmas,
-            settings.guidance, self.seed, self._on_pass, self.check_cancelled, plan=self._token_plan, low=low,
-            boundary=runtime.manifest.boundary or 0.0, conditions=self._conditions, storage=settings.plan.storage,
-        )  # fmt: skip
-
-    def _expert(self, model: WanModel, text: TextKV, guidance: float) -> Expert:
-        other = None if self._other_rows is None else _embed(model, self._other_rows, self._image_rows)
-        return Expert(model, text, other, guidance)
+        plan = self._token_plan
+        assert plan is not None
+        with self.generate.workspace() as workspace:
+            with stage("text"):
+                started = time.perf_counter()
+                workspace.read_prompt(self._text_rows, self._other_rows, self._image_rows)
+                self.text_ms += 1000 * (time.perf_counter() - started)
+            done = workspace.solvers[plan].run(self.seed, self._on_pass, self.check_cancelled, self._conditions)
+            return replace(done, x0=done.x0.clone())  # the next clip may begin
 
     @property
     def _token_plan(self) -> StepPlan | None:
@@ -377,11 +367,6 @@ class Session:
 
     def _elapsed_ms(self) -> float:
         return 1000 * (time.perf_counter() - self._started)
-
-
-def _embed(model: WanModel, rows: Tensor, image: Tensor | None = None) -> TextKV:
-    with torch.no_grad():
-        return model.embed_text(rows, image)
 
 
 def checked_text(prompt: object) -> str:

@@ -14,7 +14,7 @@ from dsa_rt.memory import MemoryPlan, choose, parse_bytes
 from dsa_rt.models.wan import WanConfig
 from dsa_rt.ops.layers import packed_bytes
 from dsa_rt.plan import TokenGrid
-from dsa_rt.planner import Run, Subject, plan_memory, storages
+from dsa_rt.planner import Run, Subject, plans_memory
 from dsa_rt.policy import HSA, Fixed, Policy, StepPlan, parse_policy
 from dsa_rt.sampler.ode import switch_step
 from dsa_rt.schedule import euler_sigmas, few_step_sigmas
@@ -138,7 +138,7 @@ def settle(
     plans = [plan for plan in (token_plan, image_plan) if plan is not None]
     run = Run(height, width, frames, grid, chunk, window, guidance != 1 or guidance_2 not in (None, 1), plans,
               places, sessions, len(sigmas))  # fmt: skip
-    memory = [plan_memory(subject, run, storage) for storage in storages(kv_storage, run, chosen.name)]
+    memory = plans_memory(subject, run, kv_storage, chosen.name)
     return Settings(
         height, width, frames, latent_frames, grid, chosen, causal, chunk, window, sink, tuple(sigmas), guidance,
         choose(memory, limit, runtime.device), token_plan, image_plan, guidance_2, places, sessions,
@@ -178,7 +178,7 @@ def preview(
     plans = [token_plan] if image_plan is None else [token_plan, image_plan]
     run = Run(height, width, frames, grid, latent_frames, latent_frames, manifest.guidance != 1, plans)
     subject = Subject.of(bundle, model, dtype, place)
-    memory = [plan_memory(subject, run, storage) for storage in storages(kv_storage, run, chosen.name)]
+    memory = plans_memory(subject, run, kv_storage, chosen.name)
     return Preview(chosen, token_plan, choose(memory, limit, place, here=False))
 
 

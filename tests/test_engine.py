@@ -4,53 +4,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import Any
 
 import graph_double
 import pytest
 import torch
+from allocations import Allocations, replayed
 from tiny import make_model
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from dsa_rt.arena import Arena, Room
 from dsa_rt.cache import Ring
-from dsa_rt.engine import CONTEXT, Engine, Piece, Recorder, Sizes
+from dsa_rt.engine import CONTEXT, Engine, Piece, Sizes
 from dsa_rt.errors import MemoryLimitError, OptionError
 from dsa_rt.generate import Generate
-from dsa_rt.ops.backend import choose
 from dsa_rt.plan import TokenGrid
-from dsa_rt.recording import Recorded
+from dsa_rt.recording import Recorded, Recorder
 from dsa_rt.runtime import Runtime
 
 PROMPTS = ("a red square bouncing", "a blue circle at rest on a striped ground")
 LARGE = 2048  # bytes; a pass of the tiny model works on rows of 3.4 to 27 kB
-
-
-class Allocations(TorchDispatchMode):
-    """Bytes of every tensor that an op makes inside the block, outputs in given memory excepted; by op."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        result = op(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:
-                self.made.append((str(op), tensor.untyped_storage().nbytes()))
-        return result
-
-    @property
-    def largest(self) -> tuple[str, int]:
-        return max(self.made, key=lambda pair: pair[1], default=("", 0))
-
-
-def replayed(dtype: torch.dtype) -> bool:
-    """Whether passes are programs here: elsewhere the framework is left some of the ops."""
-    return all(choose(op, "cpu", dtype) == "native" for op in ("linear", "active_attention"))
 
 
 def eager(device: torch.device, function: Callable[[], None], *, pool: object = None) -> Recorded:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
-from live_bytes import LiveBytes
 from tiny import make_model
 from torch import Tensor
 
@@ -17,53 +17,34 @@ from dsa_rt.cli import main
 from dsa_rt.errors import MemoryLimitError, OptionError
 from dsa_rt.memory import MemoryPlan, choose, parse_bytes
 from dsa_rt.models.sizes import WAN_SIZES
-from dsa_rt.models.wan import Output, WanModel
 from dsa_rt.plan import TokenGrid
-from dsa_rt.planner import Run, Subject, plan_memory
+from dsa_rt.planner import Run, Subject, plan_memory, plans_memory
 from dsa_rt.policy import HSA, StepPlan
 from dsa_rt.runtime import Runtime, find_bundle
-from dsa_rt.sampler import ode
-from dsa_rt.sampler.conditions import Conditions
-from dsa_rt.schedule import euler_sigmas
-from dsa_rt.sync import STORAGES, SyncCache, sync_caches
+from dsa_rt.sync import STORAGES
 
 PROMPT = "a red square bouncing"
 POLICY = "hsa:groups=0.3@12+0.7@3,window=0.5"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[SyncCache]:
-    """The caches of the last run."""
-    seen: list[SyncCache] = []
-
-    def spy(*arguments: object) -> list[SyncCache]:
-        seen[:] = sync_caches(*arguments)  # type: ignore[arg-type]
-        return seen
-
-    monkeypatch.setattr(ode, "sync_caches", spy)
-    return seen
-
-
-def held(caches: list[SyncCache]) -> int:
-    """Bytes of all tensors that the caches hold, each once."""
-    tensors = [t for cache in caches for t in (*cache.scratch, *vars(cache.rows).values()) if isinstance(t, Tensor)]
-    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
-
-
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_planned_kv_is_what_is_allocated(
-    many_step: Runtime, made: list[SyncCache], storage: str, guidance: float
-) -> None:
+def test_planned_kv_is_what_is_allocated(many_step: Runtime, storage: str, guidance: float) -> None:
     generate = many_step.compile(policy=POLICY, kv_storage=storage, guidance_scale=guidance)
-    session = generate.session(PROMPT)
-    text = sum(t.nbytes for pair in session._text.layers for t in pair)
-    session.next_chunk()
-    branches = 1 if guidance == 1 else 2
-    taken = held(made) + branches * text
-    assert len(made) == branches and abs(generate.plan.kv_cache - taken) <= 0.05 * taken
+    with generate.workspace() as workspace:
+        (solver,) = workspace.solvers.values()
+        caches = solver.groups.caches
+        parts = [vars(part) for cache in caches for part in (cache, getattr(cache, "rows", cache))]
+        kept = [tensor for part in parts for name, tensor in part.items() if not name.startswith("_")]
+        texts = [kv for kv in (solver.experts[0].text, solver.experts[0].empty) if kv is not None]
+        taken = sum({t.data_ptr(): t.nbytes for t in kept if isinstance(t, Tensor)}.values())
+        taken += sum(t.nbytes for kv in texts for pair in kv.layers for t in pair)
+    assert len(caches) == len(texts) == (1 if guidance == 1 else 2)
+    assert abs(generate.plan.kv_cache - taken) <= 0.05 * taken
     assert generate.plan.storage == storage and generate.plan.host == 0
+    session = generate.session(PROMPT)
+    session.next_chunk()
     assert session.stats().settings["kv_storage"] == storage
 
 
@@ -87,39 +68,6 @@ def test_every_part_counts(many_step: Runtime) -> None:
     parts = (alone.kv_cache, alone.activations, alone.decode, alone.output, alone.velocities)
     assert max(parts) < alone.live < sum(parts)
     assert replace(alone, live=None).total == 1000 + sum(parts)
-
-
-class Nothing:
-    """A cache of no size."""
-
-    def arrange(self, order: Tensor) -> None:
-        pass
-
-
-@pytest.mark.parametrize("update", ["held", "extrapolated"])
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("extra", [0, 20])
-def test_rows_of_a_run_are_measured(
-    many_step: Runtime, monkeypatch: pytest.MonkeyPatch, update: str, guidance: float, extra: int
-) -> None:
-    """The peak of all tensors of a run whose generator takes no memory, and whose K/V are left out."""
-    monkeypatch.setattr(ode, "sync_caches", lambda *_: [Nothing(), Nothing()])
-    monkeypatch.setattr(
-        WanModel, "forward", lambda self, rows, *_: Output(torch.ones(1, rows.shape[1], self.config.velocity_dim), [])
-    )
-    model = make_model(form="bidirectional", in_channels=16 + extra, out_channels=16)
-    grid, policy = TokenGrid(6, 10), HSA(((0.3, 12), (0.7, 3)), 0.5, update=update)
-    plan = policy.plan(12, 1260, 60)
-    extras = Conditions(torch.ones(1, 1260, 4 * extra)) if extra else Conditions()
-    text = model.embed_text(torch.randn(1, 7, 20))
-    with LiveBytes() as live:
-        if extras.extra is not None:
-            live.add(extras.extra)
-        ode.solve(model, grid, range(21), text, None if guidance == 1 else text, euler_sigmas(12, 3.0), guidance, 0,
-                  lambda *_: None, lambda: None, plan=plan, conditions=extras)  # fmt: skip
-    subject = Subject(many_step.manifest, model.config, 0, torch.float32, CPU)
-    planned = plan_memory(subject, Run(96, 160, 81, grid, 21, 21, guidance != 1, [plan]), "model").velocities
-    assert live.peak <= 1.02 * planned <= 1.5 * live.peak, (live.peak, planned)
 
 
 def test_near_the_run_in_the_dtype_of_the_model() -> None:
@@ -149,27 +97,32 @@ def cuda_plans() -> list[MemoryPlan]:
     subject = Subject(open_bundle(find_bundle("demo-many-step")).manifest, WAN_SIZES["wan2.1-t2v-1.3b"], 15 * 10**9,
                       torch.bfloat16, CUDA)  # fmt: skip
     run = Run(480, 832, 81, TokenGrid(30, 52), 21, 21, True, [HSA().plan(40, 32760, 1560)])
-    return [plan_memory(subject, run, storage) for storage in STORAGES]
+    return plans_memory(subject, run, "auto", "hsa-50")
 
 
 @pytest.mark.usefixtures("light_codec")
 def test_auto_takes_the_first_that_fits(many_step: Runtime) -> None:
     """On a device with memory of its own "host" needs the least of it; on the CPU it never helps."""
-    model, fp8, host = plans = cuda_plans()
+    plans = cuda_plans()
+    model, _, fp8, _, host = plans
+    assert [(plan.storage, plan.held) for plan in plans] == [
+        ("model", True), ("model", False), ("fp8", True), ("fp8", False), ("host", False)
+    ]  # fmt: skip
     kept = 2 * 2 * 30 * 27518 * 1536 * 2  # K and V, both branches, 84% of the tokens, bf16
     assert model.host == fp8.host == 0 and host.host == kept
-    assert model.total > fp8.total > host.total
-    assert model.total - host.total == kept - kept // 30
-    for limit, expected in ((model.total, "model"), (model.total - 1, "fp8"), (fp8.total, "fp8"),
-                            (fp8.total - 1, "host"), (host.total, "host")):  # fmt: skip
-        chosen = choose(plans, limit, CUDA, here=False)
-        assert chosen.storage == expected and chosen.total <= limit
-        assert ("model would take" in chosen.reason) == (expected != "model")
-        assert ("fp8 would take" in chosen.reason) == (expected == "host")
-        assert f"storage {expected} ({chosen.reason})" in chosen.table()
+    assert all(before.total > after.total for before, after in pairwise(plans))
+    assert model.kv_cache - host.kv_cache == 2 * 2 * 30 * 32760 * 1536 * 2 - kept // 30
+    for number, plan in enumerate(plans):
+        limits = [plan.total] if number == 0 else [plan.total, plans[number - 1].total - 1]
+        for limit in limits:
+            chosen = choose(plans, limit, CUDA, here=False)
+            assert (chosen.storage, chosen.held) == (plan.storage, plan.held) and chosen.total <= limit
+            for before in plans[:number]:
+                assert f"{before.manner} would take" in chosen.reason
+            assert f"storage {plan.manner} ({chosen.reason})" in chosen.table()
     with pytest.raises(MemoryLimitError) as caught:
         choose(plans, host.total - 1, CUDA, here=False)
-    numbers = [f"{plan.storage} {plan.total / 1e6:.1f} MB" for plan in plans]
+    numbers = [f"{plan.manner}: {plan.total / 1e6:.1f} MB" for plan in plans]
     bound = f"the memory limit is {(host.total - 1) / 1e6:.1f} MB"
     for words in (*numbers, f"{host.host / 1e6:.1f} MB of host memory", bound):
         assert words in str(caught.value)
@@ -177,19 +130,22 @@ def test_auto_takes_the_first_that_fits(many_step: Runtime) -> None:
     compiled = {storage: many_step.compile(policy=POLICY, kv_storage=storage).plan for storage in STORAGES}
     auto = many_step.compile(policy=POLICY, memory_limit=compiled["model"].total)
     assert auto.plan == replace(compiled["model"], reason="it fits") and compiled["host"].total > auto.plan.total
-    less = many_step.compile(policy=POLICY, memory_limit=compiled["model"].total - 1)
+    by_clip = many_step.compile(policy=POLICY, memory_limit=compiled["model"].total - 1)
+    assert by_clip.plan.storage == "model" and not by_clip.plan.held
+    assert torch.equal(by_clip(PROMPT).latents, auto(PROMPT).latents)  # type: ignore[union-attr]
+    less = many_step.compile(policy=POLICY, memory_limit=by_clip.plan.total - 1)
     assert less.plan.storage == "fp8" and "model would take" in less.plan.reason
     fixed = many_step.compile(policy=POLICY, kv_storage="fp8")
     assert torch.equal(less(PROMPT).latents, fixed(PROMPT).latents)  # type: ignore[union-attr]
-    with pytest.raises(MemoryLimitError, match=r"needs .* \(with K/V storage model .* fp8 .* host .*\), but the"):
-        many_step.compile(policy=POLICY, memory_limit=compiled["fp8"].total - 1)
-    with pytest.raises(MemoryLimitError, match=f"this needs {compiled['model'].total / 1e6:.1f} MB, but"):
-        many_step.compile(policy=POLICY, kv_storage="model", memory_limit=compiled["model"].total - 1)
+    with pytest.raises(MemoryLimitError, match=r"needs .* \(with K/V storage model: .* fp8: .* host.*\), but the"):
+        many_step.compile(policy=POLICY, memory_limit="1kB")
+    with pytest.raises(MemoryLimitError, match=f"this needs {by_clip.plan.total / 1e6:.1f} MB"):
+        many_step.compile(policy=POLICY, kv_storage="model", memory_limit=by_clip.plan.total - 1)
 
 
 def test_what_is_free(many_step: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights are loaded already: what is free need not hold them. Host memory counts apart."""
-    model, fp8, host = cuda_plans()
+    model, _, fp8, fp8_by_clip, host = cuda_plans()
     free = {"cuda": 10**15, "cpu": 10**15}
     monkeypatch.setattr("dsa_rt.memory.free_memory", lambda device: free[device.type])
     for plan, place, size in ((model, "cuda", model.total - model.weights), (host, "cpu", host.host)):
@@ -198,8 +154,8 @@ def test_what_is_free(many_step: Runtime, monkeypatch: pytest.MonkeyPatch) -> No
         free[place] = size - 1
         assert f"{(size - 1) / 1e6:.1f} MB" in (plan.shortage(None, CUDA) or "")
         free[place] = 10**15
-    free["cuda"] = fp8.total - fp8.weights - 1
-    assert choose([model, fp8, host], None, CUDA).storage == "host"
+    free["cuda"] = fp8_by_clip.total - fp8_by_clip.weights - 1
+    assert choose([model, fp8, fp8_by_clip, host], None, CUDA).storage == "host"
     free["cpu"] = host.host - 1
     with pytest.raises(MemoryLimitError, match="the free host memory is"):
         choose([model, fp8, host], None, CUDA)
@@ -224,7 +180,8 @@ def test_inspect_shows_the_plan(many_step: Runtime, capfd: pytest.CaptureFixture
     assert json.loads(capfd.readouterr().out)["plan"]["memory"] == expected.to_dict()
     assert main([*asked, "--memory-limit", str(expected.total - 1)]) == 0
     shown = capfd.readouterr().out
-    assert "memory on cpu in float32" in shown and "K/V storage fp8 (model would take" in shown
+    assert "memory on cpu in float32" in shown
+    assert "K/V storage model, buffers made for each clip (model would take" in shown
     assert main([*asked, "--device", "cuda", "--kv-storage", "host"]) == 0
     assert "host memory" in capfd.readouterr().out
     assert main([*asked, "--memory-limit", "1kB"]) == 5

@@ -59,7 +59,7 @@ class ByScore:
 
         def watch(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
             if output.velocity.shape[1] == clip.tokens:
-                watched.append(output.velocity.float())
+                watched.append(output.velocity.float().clone())  # the next pass takes its memory
 
         def scores() -> NDArray[np.float32]:
             count = clip.branches

@@ -53,7 +53,10 @@ class RAS:
                 index = metric.argsort(descending=True, stable=True)[:count].sort().values
             left_out += 1
             left_out[index] -= 1
-            active = replace(dense.take(index, [range(len(index))], clip.tokens), slots=index)
+            active = replace(
+                dense, tokens=index, cos=dense.cos[index], sin=dense.sin[index],
+                modulation_rows=dense.modulation_rows[index], slots=index,
+            )  # fmt: skip
             fresh = clip.guided(clip.velocities(x[:, index], sigma, active, [*caches]))
             ops.cached_step(x, velocity, index, fresh, following - sigma)
         return x

@@ -13,7 +13,7 @@ cross-attention reads beside the text (``image_dim``). TI2V 5B gives clean token
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -94,8 +94,9 @@ class AttentionCache(Protocol):
     def destination(self, layer: int, active: ActiveSet) -> tuple[Tensor, Tensor, Tensor | None]:
         """K and V [B, N, H, D] to write to, and the row in them of each active token; None: rows 0 to A - 1."""
 
-    def attended(self, layer: int, active: ActiveSet) -> tuple[Tensor, Tensor]:
-        """K and V [B, n, H, D], once the active rows are written: all attended, or those ``active.segments`` names."""
+    def attended(self, layer: int, active: ActiveSet) -> tuple[Tensor, ...]:
+        """K and V [B, n, H, D], once the active rows are written: all attended, or those ``active.segments`` names. In
+        FP8 with their scales [B, n, H], see :func:`dsa_rt.ops.attention.active_attention_fp8`."""
 
 
 class Output(NamedTuple):
@@ -177,8 +178,8 @@ class SelfAttention(Attention):
         else:
             keys, values, slots = cache.destination(layer, active)
         q = ops.qk_norm_rope_store(keys, values, q, k, v, *norms, slots, self.eps, out=room("q", *shape))
-        k, v = (keys, values) if cache is None else cache.attended(layer, active)
-        y = ops.active_attention(q, k, v, segments=active.segments, out=room("h", *shape))
+        kv = (keys, values) if cache is None else cache.attended(layer, active)
+        y = ops.active_attention(q, *kv, segments=active.segments, out=room("h", *shape))
         return ops.linear(self.o, y.flatten(-2), out=room("y", x.shape[-1]))
 
     def _project(self, x: Tensor, room: Room) -> Sequence[Tensor]:
@@ -299,22 +300,17 @@ class WanModel(nn.Module):
         """Text encoder rows [B, text_length, text_dim] -> the cross-attention K/V of every layer.
 
         image [B, I, image_dim]: rows of the CLIP vision encoder's last but one layer, for a generator with image_dim
-        and for no other; :class:`OptionError` or :class:`ShapeError` where that does not fit. out: where the K/V of the
-        text go, layer by layer.
+        and for no other; :class:`OptionError` or :class:`ShapeError` where that does not fit. out: where the K/V go.
         """
         self._check_image(image, len(text))
         blocks = cast("Sequence[Block]", self.blocks)
         embedded = self.text_embedding(text.to(self.dtype))
-        if out is not None:
-            for block, kv in zip(blocks, out.layers, strict=True):
-                for held, made in zip(kv, block.cross_attn.text_kv(embedded), strict=True):
-                    held.copy_(made)
-            return out
-        layers = [block.cross_attn.text_kv(embedded) for block in blocks]
+        layers = _placed((block.cross_attn.text_kv(embedded) for block in blocks), None if out is None else out.layers)
         if image is None:
             return TextKV(layers)
         embedded = self.img_emb(image.to(self.dtype))
-        return TextKV(layers, [block.cross_attn.image_kv(embedded) for block in blocks])
+        made = (block.cross_attn.image_kv(embedded) for block in blocks)
+        return TextKV(layers, _placed(made, None if out is None else out.image_layers))
 
     def _check_image(self, image: Tensor | None, batch: int) -> None:
         width = self.config.image_dim
@@ -407,6 +403,18 @@ class WanModel(nn.Module):
         for layer in (self.patch_embedding, self.head.head):
             ops.pack(layer)
         return self
+
+
+def _placed(
+    made: Iterable[tuple[Tensor, Tensor]], held: list[tuple[Tensor, Tensor]] | None
+) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of K and V, in the memory of others where there are such; then they are made one by one."""
+    if held is None:
+        return list(made)
+    for into, pair in zip(held, made, strict=True):
+        for to, tensor in zip(into, pair, strict=True):
+            to.copy_(tensor)
+    return held
 
 
 def affine(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:

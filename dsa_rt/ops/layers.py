@@ -109,13 +109,19 @@ def qk_norm_rope_store(
 
 
 def active_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, segments: Tensor | None = None, out: Tensor | None = None
-) -> Tensor:
-    """Attention of A active queries to N cache rows: q [B, A, H, D], k and v [B, N, H, D] -> [B, A, H, D].
+    q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None = None, v_scale: Tensor | None = None, *,
+    segments: Tensor | None = None, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of A active queries to N cache rows: q [B, A, H, D], k and v [B, N, H, D] -> [B, A, H, D]. With scales
+    [B, N, H] k and v are in FP8, and :func:`dsa_rt.ops.attention.active_attention_fp8` runs.
 
     Differentiable; where no gradient is wanted, :func:`dsa_rt.ops.attention.active_attention` for the tensors that its
     kernels take and for which they are the faster ones. segments: as there.
     """
+    if k_scale is not None and v_scale is not None:
+        room = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+        attention.active_attention_fp8(room, q, k, v, k_scale, v_scale, segments=segments)
+        return room
     if _has_kernel("active_attention", q, k, v):
         room = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
         if attention.ran(room, q, k, v, segments=segments):

@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,8 +27,8 @@ from dsa_rt.pipelines.shared import SharedWan
 from dsa_rt.plan import TokenGrid, frame_tokens
 from dsa_rt.policy import HSA, Policy, StepPlan
 from dsa_rt.sampler.conditions import Conditions
-from dsa_rt.sampler.ode import Extrapolation, Groups
-from dsa_rt.sync import sync_bytes, sync_caches, sync_host_bytes
+from dsa_rt.sampler.groups import Extrapolation, Groups
+from dsa_rt.sync import spare_bytes, sync_bytes, sync_caches, sync_host_bytes
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,17 @@ class Run:
             self.plan, batch * branches, config.layers, config.heads, config.head_dim, latents.dtype, latents.device,
             options.storage,
         )  # fmt: skip
+        fixed = np.empty(0, np.int64) if conditions.fixed is None else conditions.fixed.cpu().numpy()
+        groups = [Groups(self.plan, dense, caches[n * branches : (n + 1) * branches]) for n in range(batch)]
+        for n, part in enumerate(groups):
+            part.restart(options.seed + n, fixed)
         self._samples = [
             _Sample(
-                Groups(self.plan, dense, conditions, caches[n * branches : (n + 1) * branches], options.seed + n),
+                part,
                 [latents.new_zeros(1, len(dense.tokens), config.velocity_dim) for _ in range(branches)],
                 extrapolated,
             )
-            for n in range(batch)
+            for part in groups
         ]
         self._branches = [_Branch() for _ in range(branches)]
         self._step, self._calls, self._expert, self._began = -1, 0, 0, 0.0
@@ -224,8 +229,11 @@ class _Sample:
 
     def __init__(self, groups: Groups, velocities: list[Tensor], extrapolated: bool) -> None:
         self.groups, self.velocities = groups, velocities
-        self.lines = [Extrapolation(velocity.float()) for velocity in velocities] if extrapolated else []
         self.guided = torch.zeros_like(velocities[0], dtype=torch.float32)
+        self.lines: list[Extrapolation] = []
+        if extrapolated:
+            spare = torch.empty_like(self.guided)
+            self.lines = [Extrapolation(torch.empty_like(spare), spare) for _ in velocities]
         self.scores = self.guided.new_zeros(self.guided.shape[:2])
 
     def velocity(
@@ -240,11 +248,11 @@ class _Sample:
             rows = rows if active is self.groups.dense else rows[:, active.tokens]
             fresh = model(rows, active, timesteps, text, caches[branch]).velocity
             if line is not None:
-                line.observe(active.tokens, fresh.float(), held, sigma, fresh_start=fresh_start)
+                line.observe(active.tokens, fresh.float(), held.float(), sigma, fresh_start=fresh_start)
             held[:, active.tokens] = fresh
         if line is None or self.groups.plan.is_full(step):
             return held
-        return (held + (self.groups.strength * (sigma - line.evaluated))[:, None] * line.slope).to(held.dtype)
+        return (held + line.ahead(self.groups.strength, sigma, 1.0) * line.slope).to(held.dtype)
 
     def score(self, step: int, guidance: float | None) -> None:
         """Once all branches of a step are known: change of every token's velocity, after guidance."""
@@ -293,6 +301,7 @@ def _memory(
     """What a run holds from step to step beside the pipeline's own: K/V and rows of velocity."""
     kept = (plan, batch * branches, config.layers, config.heads, config.head_dim, dtype, storage, device)
     text = 2 * config.layers * batch * branches * text_rows * config.dim * dtype.itemsize
-    wide = 1 + (branches if extrapolated else 0)  # fp32 rows: velocity after guidance, slopes
+    wide = 1 + (branches + 1 if extrapolated else 0)  # fp32 rows: velocity after guidance, slopes, working memory
+    spare = spare_bytes(plan, config.heads, config.head_dim, dtype, storage)
     rows = batch * plan.tokens * config.velocity_dim * (branches * dtype.itemsize + 4 * wide)
-    return MemoryPlan(0, sync_bytes(*kept) + text, 0, 0, 0, rows, sync_host_bytes(*kept), storage)
+    return MemoryPlan(0, sync_bytes(*kept) + text + spare, 0, 0, 0, rows, sync_host_bytes(*kept), storage)

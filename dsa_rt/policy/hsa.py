@@ -188,11 +188,6 @@ class HSA(Policy):
             for _, budget in self.groups
         )
 
-    def shortest(self, steps: int) -> HSA:
-        """For warming up: the same groups on the shortest schedule that has every kind of step of a run of T steps."""
-        scaled = self._on(math.lcm(*(steps // budget for _, budget in self.groups)), steps)
-        return replace(scaled, window=1.0, selection="random" if self.selection == "dynamic" else self.selection)
-
     def _on(self, steps: int, reference: int) -> HSA:
         """What the policy is on ``reference`` steps, on another number of them, which the strides must divide."""
         groups = tuple((share, budget * steps // reference) for share, budget in self.groups)

@@ -89,6 +89,18 @@ class StepPlan:
         partial = [set(self.active[step]) for step in range(self.steps) if self.is_partial(step)]
         return frozenset(group for group, _ in self.layout if any(group not in groups for groups in partial))
 
+    @cached_property
+    def arranged(self) -> dict[tuple[int, ...], tuple[range, ...]]:
+        """Of every kind of step that reads or leaves K/V, once tokens have groups: its groups, and their K/V rows. With
+        all groups come the conditions."""
+        kinds: dict[tuple[int, ...], tuple[range, ...]] = {}
+        for step, groups in enumerate(self.active):
+            if self.is_partial(step):
+                kinds[groups] = tuple(rows for group, rows in self.layout if group in groups)
+            elif self.is_full(step) and self.keeps(step):
+                kinds[groups] = tuple(rows for _, rows in self.layout)
+        return kinds
+
     @property
     def captures(self) -> bool:
         """Whether K/V must be kept before the groups are known: dynamic selection, and a partial step right after."""

@@ -104,7 +104,7 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     case()
     case(callback_on_step_end=stop)
     assert len(runs) == 2 and not any(run() for run in runs)
-    # K/V of the tokens that wait and one scratch, text K/V, and rows: two branches, the mix
-    plan = HSA_8.plan(8, TOKENS, FRAME)
-    rows = 2 * 2 * plan.kept_rows + TOKENS + 2 * 2 * 9
+    # K/V of all tokens, one layer's K while groups are formed, text K/V, and rows: two branches, the mix
+    assert HSA_8.plan(8, TOKENS, FRAME).captures
+    rows = 2 * 2 * TOKENS + TOKENS / 2 + 2 * 2 * 9
     assert dsa_rt.attached(case.pipe).last_run.memory == 4 * (2 * 48 * rows + 3 * 64 * TOKENS)

@@ -245,17 +245,6 @@ def test_names_round_trip(generator: np.random.Generator) -> None:
     assert len(names) > 100
 
 
-def test_shortest_schedule_for_warming_up(generator: np.random.Generator) -> None:
-    """Every set of groups that a step computes is computed by some step of the short one."""
-    for _ in range(20):
-        policy, steps = random_policy(generator, selection=SELECTIONS[generator.integers(4)], window=1.0)
-        if policy.selection == "dynamic":
-            continue
-        plan, short = policy.plan(steps, 1000, 1), policy.shortest(steps)
-        assert short.steps is not None
-        assert set(short.plan(short.steps, 1000, 1).active) == set(plan.active) and short.steps <= steps
-
-
 def test_default_strength() -> None:
     assert default_strength(2, 40) == default_strength(2, 20) == default_strength(3, 80) == 1
     assert default_strength(4, 40) == 0.5 and default_strength(4, 20) == 0.25 and default_strength(10, 40) == 0.2

@@ -29,7 +29,7 @@ from dsa_rt.sampler.conditions import Conditions
 from dsa_rt.sampler.ode import Expert, solve, switch_step
 from dsa_rt.sampler.rollout import DenoisedChunk
 from dsa_rt.schedule import euler_sigmas
-from dsa_rt.sync import SyncCache
+from dsa_rt.sync import PlacedKV
 
 GRID, FRAMES = TokenGrid(1, 5), range(3)  # 15 tokens
 PROMPT = "a red square bouncing"
@@ -183,7 +183,7 @@ def write_out(
 class Recorded:
     """Of each layer that went through a cache, in turn: the cache, the layer, the active set, and the K, V attended."""
 
-    updates: list[tuple[SyncCache, int, ActiveSet, Tensor, Tensor]] = field(default_factory=list)
+    updates: list[tuple[PlacedKV, int, ActiveSet, Tensor, Tensor]] = field(default_factory=list)
     calls: list[tuple[WanModel, list[int], Tensor, Tensor]] = field(default_factory=list)
 
 
@@ -191,9 +191,9 @@ class Recorded:
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     """Everything that solve hands to caches and models while the fixture is in use."""
     seen = Recorded()
-    attended, forward = SyncCache.attended, WanModel.forward
+    attended, forward = PlacedKV.attended, WanModel.forward
 
-    def record(self: SyncCache, layer: int, active: ActiveSet) -> Pair:
+    def record(self: PlacedKV, layer: int, active: ActiveSet) -> Pair:
         k, v = attended(self, layer, active)
         seen.updates.append((self, layer, active, k.clone(), v.clone()))
         return k, v
@@ -203,7 +203,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
         seen.calls.append((self, active.tokens.tolist(), rows.clone(), out.velocity.clone()))
         return out
 
-    monkeypatch.setattr(SyncCache, "attended", record)
+    monkeypatch.setattr(PlacedKV, "attended", record)
     monkeypatch.setattr(WanModel, "forward", call)
     return seen
 
@@ -448,15 +448,16 @@ def test_two_experts_through_the_face(many_step: Runtime) -> None:
 
 def test_the_plan_counts_the_cache(many_step: Runtime, recorded: Recorded) -> None:
     for guidance, branches in ((1.0, 1), (2.5, 2)):
-        generate = many_step.compile(policy="hsa-75b", guidance_scale=guidance, kv_storage="model")
         recorded.updates.clear()
-        generate(PROMPT)
+        generate = many_step.compile(policy="hsa-75b", guidance_scale=guidance, kv_storage="model")
         caches = {id(cache): cache for cache, *_ in recorded.updates}.values()
-        taken = sum(c.rows.nbytes for c in caches) + sum(t.nbytes for c in [*caches][:1] for t in c.scratch)
+        taken = sum(t.nbytes for cache in caches for t in (cache.k, cache.v))
         dense = many_step.compile(policy="dense", guidance_scale=guidance).plan
         assert len(caches) == branches and generate.plan.kv_cache - dense.kv_cache == taken > 0
-    with pytest.raises(MemoryLimitError, match=f"this needs {generate.plan.total / 1e6:.1f} MB"):
-        many_step.compile(policy="hsa-75b", memory_limit=generate.plan.total - 1, kv_storage="model")
+    less = many_step.compile(policy="hsa-75b", memory_limit=generate.plan.total - 1, kv_storage="model").plan
+    assert not less.held and less.kv_cache == generate.plan.kv_cache
+    with pytest.raises(MemoryLimitError, match=f"this needs {less.total / 1e6:.1f} MB"):
+        many_step.compile(policy="hsa-75b", memory_limit=less.total - 1, kv_storage="model")
 
 
 def test_policies_for_other_bundles(causal: Runtime) -> None:
