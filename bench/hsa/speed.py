@@ -16,14 +16,16 @@ from tqdm import tqdm
 
 from bench import common
 from bench.hsa.clip import STEPS
+from dsa_rt.arena import Arena
 from dsa_rt.cache import TextKV
 from dsa_rt.convert.names import config_from_diffusers, from_diffusers
 from dsa_rt.errors import OptionError
 from dsa_rt.models.wan import WanModel
 from dsa_rt.plan import TokenGrid, frame_tokens
 from dsa_rt.policy import HSA, StepPlan, parse_policy
+from dsa_rt.recording import record
 from dsa_rt.runtime import DTYPES
-from dsa_rt.sampler.ode import solve
+from dsa_rt.sampler.ode import Expert, Solver
 from dsa_rt.schedule import TRAIN_TIMESTEPS, euler_sigmas
 
 PRESETS = ("hsa-75a", "hsa-75b", "hsa-50", "hsa-25")
@@ -143,7 +145,7 @@ def plan_of(subject: Subject, policy: HSA | None) -> StepPlan:
     return policy.plan(policy.steps or STEPS, subject.tokens, subject.grid.tokens)
 
 
-def time_run(subject: Subject, plan: StepPlan, text: TextKV, steps: int | None) -> tuple[float, list[float]]:
+def time_run(solver: Solver, steps: int | None) -> tuple[float, list[float]]:
     """Seconds of a whole run and of each of its steps. steps: stop after so many."""
     marks: list[float] = []
 
@@ -154,8 +156,7 @@ def time_run(subject: Subject, plan: StepPlan, text: TextKV, steps: int | None) 
 
     start = time.perf_counter()
     try:
-        solve(subject.ours, subject.grid, subject.frames, text, None, euler_sigmas(plan.steps, SHIFT), 1.0, 0,
-              lambda _passes, _confidence: None, mark, plan=plan)  # fmt: skip
+        solver.run(0, lambda _passes, _confidence: None, mark)
         mark()
     except _Enough:
         pass
@@ -167,7 +168,7 @@ class _Enough(Exception):
 
 
 def time_policies(subject: Subject, rounds: int, quiet: bool, presets: Sequence[str] = PRESETS) -> dict[str, Any]:
-    """Every preset and dense, in turns, after two dense steps that are thrown away."""
+    """Every preset and dense, in turns, their passes recorded beforehand, after two dense steps that are thrown away."""
     with torch.no_grad():
         text = subject.ours.embed_text(subject.text)
     policies: dict[str, HSA | None] = {"dense": None}
@@ -178,11 +179,19 @@ def time_policies(subject: Subject, rounds: int, quiet: bool, presets: Sequence[
     plans = {name: plan_of(subject, policy) for name, policy in policies.items()}
     whole: dict[str, list[float]] = {name: [] for name in plans}
     by_kind: dict[str, dict[str, list[float]]] = {name: {} for name in plans}
-    time_run(subject, plans["dense"], text, 2)
+    arena = Arena()
+    solvers = {
+        name: Solver(Expert(subject.ours, text), subject.grid, subject.frames, euler_sigmas(plan.steps, SHIFT), plan,
+                     arena=arena, recorder=record)
+        for name, plan in plans.items()
+    }  # fmt: skip
+    for solver in solvers.values():
+        solver.warm_up()
+    time_run(solvers["dense"], 2)
     with tqdm(total=rounds * len(plans), desc="runs", unit="run", disable=True if quiet else None) as bar:
         for _ in range(rounds):
             for name, plan in plans.items():
-                total, steps = time_run(subject, plan, text, None)
+                total, steps = time_run(solvers[name], None)
                 whole[name].append(total)
                 for kind, seconds in zip(kinds(plan), steps, strict=True):
                     by_kind[name].setdefault(kind, []).append(seconds)
