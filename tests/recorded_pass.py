@@ -18,6 +18,8 @@ WRITTEN = {
     "scatter_rows": ("placed",),
     "qk_norm_rope_store": ("q", "k_cache", "v_cache"),
     "active_attention": ("attended", "lse"),
+    "quantize_rows": ("quantized", "quantized_scale"),
+    "active_attention_fp8": ("attended_fp8", "lse_fp8"),
     "cached_step": ("latents", "velocity_cache", "score"),
     "confidence_pool": ("pooled",),
     "exit_decision": ("refine", "confidence"),
@@ -62,6 +64,11 @@ def contents(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         "segments": torch.tensor([[split, 0, 4, 6, 8], [ACTIVE - split, 1, CACHED, 0, 0]]),
         "attended": unwritten(BATCH, ACTIVE, HEADS, DIM),
         "lse": unwritten(BATCH, HEADS, ACTIVE, dtype=torch.float32),
+        "quantized": torch.randn(cache).to(torch.float8_e4m3fn),
+        "quantized_scale": torch.rand(BATCH, CACHED, HEADS),
+        "quantized_slots": torch.randperm(CACHED)[:ACTIVE],
+        "attended_fp8": unwritten(BATCH, ACTIVE, HEADS, DIM),
+        "lse_fp8": unwritten(BATCH, HEADS, ACTIVE, dtype=torch.float32),
         "latents": torch.randn(BATCH, CACHED, WIDTH),
         "velocity_cache": torch.randn(BATCH, CACHED, WIDTH).to(dtype),
         "velocity_rows": torch.randperm(CACHED)[:ACTIVE],
@@ -89,7 +96,12 @@ def run(b: dict[str, Tensor]) -> None:
         b["cos"], b["sin"], b["slots"], EPS,
     )  # fmt: skip
     attention.active_attention(b["attended"], b["q"], b["k_cache"], b["v_cache"], b["lse"], b["segments"])
-    fresh = b["attended"].flatten(-2)
+    kept = b["quantized"], b["quantized_scale"]
+    rows.quantize_rows(*kept, b["attended"], b["quantized_slots"])
+    attention.active_attention_fp8(
+        b["attended_fp8"], b["q"], kept[0], kept[0], kept[1], kept[1], b["lse_fp8"], b["segments"]
+    )
+    fresh = b["attended_fp8"].flatten(-2)
     step.cached_step(b["latents"], b["velocity_cache"], b["velocity_rows"], fresh, -0.25, b["score"])
     pool.confidence_pool(b["pooled"], b["query"], fresh, b["k_weight"], b["sum"], EPS)
     step.exit_decision(b["refine"], b["confidence"], b["logit"], b["threshold"])

@@ -87,6 +87,8 @@ BAD = [
     ("slots", 3, None, "qk_norm_rope_store", r"slots\[3\] is . like slots\[0\], expected distinct rows"),
     ("segments", (0, 0), ACTIVE, "active_attention", r"segments hold . queries, expected A = 5"),
     ("segments", (1, 2), CACHED + 1, "active_attention", r"segments\[1\] is .*, expected ranges inside \[0, 9\)"),
+    ("quantized_slots", 2, CACHED, "quantize_rows", r"slots\[2\] is 9, expected 0 to 8"),
+    ("quantized_slots", 1, None, "quantize_rows", r"slots\[1\] is . like slots\[0\], expected distinct rows"),
     ("velocity_rows", 1, -3, "cached_step", r"rows\[1\] is -3, expected 0 to 8"),
     ("velocity_rows", 1, None, "cached_step", r"rows\[1\] is . like rows\[0\], expected distinct rows"),
 ]
@@ -228,7 +230,7 @@ def test_a_refused_call_is_not_recorded() -> None:
 def test_what_a_program_refuses() -> None:
     buffers = contents()
     program, other = recorded(buffers), _native.Program()
-    with pytest.raises(OptionError, match="program: it holds 11 ops already; make a new one"):
+    with pytest.raises(OptionError, match="program: it holds 13 ops already; make a new one"):
         program.record(lambda: None)
     with pytest.raises(OptionError, match="program: another one records on this thread; end that one first"):
         other.record(lambda: _native.Program().record(lambda: None))

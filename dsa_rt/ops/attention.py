@@ -60,7 +60,7 @@ def active_attention_fp8(
     segments: Tensor | None = None, *, backend: str | None = None,
 ) -> None:  # fmt: skip
     """:func:`active_attention` with k and v [B, N, H, D] in ``float8_e4m3fn``, as
-    :func:`dsa_rt.ops.rows.quantize_rows` writes them, and their scales k_scale, v_scale [B, N, H] fp32.
+    :func:`dsa_rt.ops.rows.quantize_rows` writes them, and their scales k_scale, v_scale [B, N, H] fp32, finite or NaN.
 
     ``softmax(q (k·k_scale)ᵀ / √D) (v·v_scale)``; out, q, lse and segments as there, q and out fp32 or bf16. E4M3 is
     exact in bf16, and scales meet scores and weights in fp32: with bf16 dot products a weight times its value's scale

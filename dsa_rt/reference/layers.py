@@ -109,14 +109,14 @@ FLOAT8_MAX = 448.0
 def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """rows [B, A, H, D] as E4M3 (``float8_e4m3fn``) and the scale [B, A, H] fp32 that :func:`dequantize_rows` takes.
 
-    ``scale = largest |element| / 448`` of each row and head, at least the smallest normal fp32 number; ``row / scale``
-    is rounded to the nearest E4M3 number, to even. Infinity becomes NaN, NaN stays NaN, and neither counts for the
-    largest: the rest of their row is what it would be without them.
+    ``scale = largest |element| / 448`` of each row and head, at least the smallest normal fp32 number; ``row / scale``,
+    which is at most 448 up to its own rounding, is rounded to the nearest E4M3 number, to even. Infinity becomes NaN,
+    NaN stays NaN, and neither counts for the largest: the rest of their row is what it would be without them.
     """
     finite = torch.where(rows.isfinite(), rows.float(), torch.nan)
     scale = finite.abs().nan_to_num(0.0).amax(-1) / FLOAT8_MAX
     scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
-    return (finite / scale[..., None]).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn), scale
+    return (finite / scale[..., None]).to(torch.float8_e4m3fn), scale
 
 
 def dequantize_rows(values: Tensor, scale: Tensor) -> Tensor:

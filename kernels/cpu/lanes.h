@@ -254,11 +254,15 @@ DSA_RT_INLINE float sum(const Lanes& value) {
 
 // The largest of numbers that are not NaN.
 inline float largest(const Lanes& value) {
-  float values[Lanes::count];
-  store(values, value, Whole{});
-  float most = values[0];
-  for (float v : values) most = v > most ? v : most;
-  return most;
+  const auto of = [](Floats a, Floats b) { return a > b ? a : b; };
+  Floats most = value.part[0];
+#pragma GCC unroll 8
+  for (int i = 1; i < Lanes::parts; ++i) most = of(most, value.part[i]);
+  if constexpr (vector_floats > 8) most = of(most, exchange<8>(most));
+  if constexpr (vector_floats > 4) most = of(most, exchange<4>(most));
+  most = of(most, exchange<2>(most));
+  most = of(most, exchange<1>(most));
+  return most[0];
 }
 
 // 2^t for t <= 0, 0 below 2^-126, NaN for NaN; within 3 units in the last place.

@@ -34,14 +34,14 @@ DSA_RT_INLINE Bytes narrow_to_bytes(Words words) {
 #endif
 }
 
-// The code of the nearest E4M3 number, to even; the largest one for what is larger, NaN for infinity and NaN.
+// The code of the nearest E4M3 number, to even; NaN for infinity and NaN. A finite quotient is at most 448, up to its
+// rounding, so none has to be cut.
 DSA_RT_INLINE Words float8_codes(Floats value) {
   const Words magnitude = (Words)value & 0x7FFFFFFFu;
   const Words normal = ((magnitude + 0x7FFFFu + ((magnitude >> 20) & 1u)) >> 20) - (120u << 3);
   const Words subnormal = (Words)((Floats)magnitude + 16384.0f) - 0x46800000u;  // rounded to multiples of 2^-9
   const Words nearest = magnitude < 0x3C800000u ? subnormal : normal;           // 2^-6
-  const Words finite = (nearest > 0x7Eu ? Words{} + 0x7Eu : nearest) | (((Words)value >> 24) & 0x80u);
-  return magnitude >= 0x7F800000u ? Words{} + 0x7Fu : finite;
+  return magnitude >= 0x7F800000u ? Words{} + 0x7Fu : nearest | (((Words)value >> 24) & 0x80u);
 }
 
 DSA_RT_INLINE void store_codes(Float8* p, const Lanes& value, Whole) {

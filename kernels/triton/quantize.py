@@ -16,15 +16,15 @@ _SMALLEST = tl.constexpr(1.1754943508222875e-38)  # the smallest normal fp32 num
 
 @triton.jit
 def _codes(value):
-    """The nearest E4M3 number, to even; the largest one for what is larger, NaN (0x7F) for infinity and NaN."""
+    """The nearest E4M3 number, to even; NaN (0x7F) for infinity and NaN. A finite quotient is at most 448, up to its
+    rounding, so none has to be cut."""
     bits = value.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960  # another bias of the exponent, 120 less
     rounded = magnitude.to(tl.float32, bitcast=True) + 16384.0  # to multiples of 2^-9
     subnormal = rounded.to(tl.int32, bitcast=True) - 0x46800000
     nearest = tl.where(magnitude < 0x3C800000, subnormal, normal)  # 2^-6
-    finite = tl.minimum(nearest, 0x7E) | ((bits >> 24) & 0x80)
-    return tl.where(magnitude >= 0x7F800000, 0x7F, finite)
+    return tl.where(magnitude >= 0x7F800000, 0x7F, nearest | ((bits >> 24) & 0x80))
 
 
 @triton.jit(do_not_specialize=["active", "all_rows", "scale_batch", "scale_row"])

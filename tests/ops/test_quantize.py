@@ -166,7 +166,7 @@ def overlapping(name: str, other: str) -> Callable[[dict[str, Any]], None]:
 SPOILT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no tensor": (lambda a: a.update(rows=[1.0]), "rows is a list, expected a torch.Tensor"),
     "out dtype": (lambda a: a.update(out=torch.zeros(2, 9, 3, 8)), "out has dtype torch.float32, expected float8_e4m"),
-    "other fp8": (lambda a: a.update(out=a["out"].to(torch.float8_e5m2)), "dtype torch.float8_e5m2, expected float8_e4m"),
+    "other fp8": (lambda a: a.update(out=a["out"].to(torch.float8_e5m2)), "torch.float8_e5m2, expected float8_e4m"),
     "bytes": (lambda a: a.update(out=codes(a["out"])), "out has dtype torch.uint8, expected float8_e4m3fn"),
     "scale dtype": (lambda a: a.update(scale=a["scale"].bfloat16()), "scale has dtype torch.bfloat16, expected float"),
     "fp16": (lambda a: a.update(rows=a["rows"].half()), "rows has dtype torch.float16, expected float32 or bfloat16"),
