@@ -168,7 +168,7 @@ class _Enough(Exception):
 
 
 def time_policies(subject: Subject, rounds: int, quiet: bool, presets: Sequence[str] = PRESETS) -> dict[str, Any]:
-    """Every preset and dense, in turns, their passes recorded beforehand, after two dense steps that are thrown away."""
+    """Every preset and dense, in turns, their passes recorded before, after two dense steps that are thrown away."""
     with torch.no_grad():
         text = subject.ours.embed_text(subject.text)
     policies: dict[str, HSA | None] = {"dense": None}
