@@ -187,11 +187,13 @@ def describe(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Ch
     return rows
 
 
-def register(schema: str) -> None:
+def register(schema: str, scratch: Callable[..., int] | None = None) -> None:
     """Registers ``dsa_rt::<schema>``, served by the native function of that name: a mutating op, no result.
 
     The schema's arguments are those of the native function, in its order. The fake does nothing, since
-    outputs are arguments: the op is opaque to ``torch.compile`` and stays in its graph.
+    outputs are arguments: the op is opaque to ``torch.compile`` and stays in its graph. ``scratch``: of the same
+    arguments, how many fp32 numbers of scratch the function takes on CUDA as its last one; they come from the
+    framework's allocator.
     """
     name = schema.partition("(")[0]
     function: Callable[..., None] = getattr(native, name)
@@ -201,6 +203,9 @@ def register(schema: str) -> None:
 
     def run_cuda(*arguments: Any) -> None:
         with torch.cuda.device(arguments[0].device):
+            if scratch is not None:
+                count = scratch(*arguments)
+                arguments += (torch.empty(count, device=arguments[0].device) if count else None,)
             function(*arguments, stream=torch.cuda.current_stream().cuda_stream)
 
     def fake(*arguments: Any) -> None:
