@@ -133,13 +133,10 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def test_the_assembler_keeps_registers_and_overlap(compiled: tuple[Path, str]) -> None:
-    """No spills, no stack, no product made to wait (C7508 to C7519 say so), for both kernels and head dimensions; eight
-    blocks of the kernel that joins fit a multiprocessor."""
+    """No spills, no stack, no product made to wait (C7508 to C7519 say so), for both kernels and head dimensions."""
     said = compiled[1]
     assert said.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 4
     assert "C75" not in said and "warning" not in said.lower(), said
-    joins = re.findall(r"entry function '\S*join_kernel.*?Used (\d+) registers", said, re.DOTALL)
-    assert len(joins) == 2 and all(int(registers) <= 64 for registers in joins)
 
 
 def test_instructions_of_the_machine_code(compiled: tuple[Path, str]) -> None:
