@@ -192,21 +192,18 @@ def register(schema: str, scratch: Callable[..., int] | None = None) -> None:
 
     The schema's arguments are those of the native function, in its order. The fake does nothing, since
     outputs are arguments: the op is opaque to ``torch.compile`` and stays in its graph. ``scratch``: of the same
-    arguments, how many fp32 numbers of scratch the function takes on CUDA as its last one; they come from the
-    framework's allocator.
+    arguments, how many fp32 numbers the function takes on CUDA as its argument ``scratch``.
     """
     name = schema.partition("(")[0]
     function: Callable[..., None] = getattr(native, name)
+    on_cuda = function if scratch is None else _bringing_scratch(function, scratch)
 
     def run_cpu(*arguments: Any) -> None:
         function(*arguments, threads=torch.get_num_threads())
 
     def run_cuda(*arguments: Any) -> None:
         with torch.cuda.device(arguments[0].device):
-            if scratch is not None:
-                count = scratch(*arguments)
-                arguments += (torch.empty(count, device=arguments[0].device) if count else None,)
-            function(*arguments, stream=torch.cuda.current_stream().cuda_stream)
+            on_cuda(*arguments, stream=torch.cuda.current_stream().cuda_stream)
 
     def fake(*arguments: Any) -> None:
         return None
@@ -216,6 +213,17 @@ def register(schema: str, scratch: Callable[..., int] | None = None) -> None:
     if native.build_info()["cuda"]:
         _LIBRARY.impl(name, trace.named(name, run_cuda), "CUDA")
     torch.library.register_fake(f"dsa_rt::{name}", fake, lib=_LIBRARY)
+
+
+def _bringing_scratch(function: Callable[..., None], scratch: Callable[..., int]) -> Callable[..., None]:
+    """The function with scratch from the framework's allocator, which its caller need not know."""
+
+    def run(*arguments: Any, **options: Any) -> None:
+        count = scratch(*arguments)
+        memory = torch.empty(count, dtype=torch.float32, device=arguments[0].device) if count else None
+        function(*arguments, scratch=memory, **options)  # by name: the dispatcher leaves last arguments out
+
+    return run
 
 
 def served(
