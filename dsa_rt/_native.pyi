@@ -100,12 +100,19 @@ def active_attention(
     k: Tensor,
     v: Tensor,
     segments: Tensor | None = None,
+    scratch: Tensor | None = None,
     threads: int = 1,
     instruction_set: str = "",
     stream: int = 0,
 ) -> None: ...
 def check_active_attention(
-    out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = None
+    out: Tensor,
+    lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Tensor | None = None,
+    scratch: Tensor | None = None,
 ) -> None: ...
 def active_attention_fp8(
     out: Tensor,
@@ -130,6 +137,9 @@ def check_active_attention_fp8(
     v_scale: Tensor,
     segments: Tensor | None = None,
 ) -> None: ...
+def active_attention_scratch(
+    out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = None
+) -> int: ...
 def norm_modulate(
     out: Tensor,
     x: Tensor,

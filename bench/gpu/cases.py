@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dsa_rt.ops import attention, norm, pool, rope, rows, step
+from dsa_rt.ops.backend import native
 from dsa_rt.reference import layers as reference
 
 
@@ -159,10 +160,15 @@ def active_attention(s: Sizes, device: torch.device) -> Inputs:
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
         return (torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2),)
 
+    others = attention_rivals(q, k, v)
+    if q.is_cuda and native.active_attention_scratch(out, None, q, k, v):
+        # without scratch it splits nothing
+        others["native, keys whole"] = lambda: native.active_attention(
+            out, None, q, k, v, stream=torch.cuda.current_stream().cuda_stream
+        )
     return Inputs(
-        lambda name: attention.active_attention(out, q, k, v, backend=name), (out,), attention_rivals(q, k, v),
-        by_the_framework,
-    )  # fmt: skip
+        lambda name: attention.active_attention(out, q, k, v, backend=name), (out,), others, by_the_framework
+    )
 
 
 def attention_rivals(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], object]]:

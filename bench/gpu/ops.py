@@ -25,6 +25,7 @@ from dsa_rt.errors import OptionError
 
 BACKENDS = ("native", "triton", "torch")
 ACTIVE = {"wan": (1408, 4680, 5632, 8190, 32760), "tiny": (5, 13)}
+FEW_QUERIES = (1, 400, 1170, 1409)  # of attention, whose tiles fill few multiprocessors, or a second wave hardly
 SIZES = {"wan": Sizes(0), "tiny": Sizes(0, cached=21, heads=2, dim=16, latent=12, frames=3)}
 MOST_SCORES = 1 << 31  # bytes of fp32 scores above which the definition of attention is left out
 ONE_SIZE_OF_COMPILED = 4680  # torch.compile takes a while for every shape
@@ -157,7 +158,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         best = timing.rates(device, small=options.sizes == "tiny")
         print(f"copy {best['copy_gb_s']:.0f} GB/s, bf16 product {best['matmul_tflop_s']:.0f} TFLOP/s")
         active = options.active or ACTIVE[options.sizes]
-        for op, count in tqdm([(op, count) for op in options.ops for count in active], disable=None):
+        few = FEW_QUERIES if active is ACTIVE["wan"] else ()
+        calls = [(op, n) for op in options.ops for n in ((*few, *active) if op == "active_attention" else active)]
+        for op, count in tqdm(calls, disable=None):
             if op == "exit_decision" and count != active[0]:
                 continue  # one logit, whatever the active set
             rows.append(measure_op(op, replace(usual, active=count), device, best))

@@ -18,6 +18,7 @@ import torch
 from bench.gpu.cases import OPS, Inputs, Sizes
 from dsa_rt.errors import OptionError
 from dsa_rt.ops import attention, norm
+from dsa_rt.ops.backend import native
 
 # Rows of 16-byte pieces in a warp, the same in a block, and what has no alignment at all; two batches; more tokens than
 # channels, so that pooling takes rounds.
@@ -26,10 +27,12 @@ SIZES = {
     "D 128": Sizes(131, cached=259, heads=13, dim=128, latent=64, frames=4),
     "odd": Sizes(41, cached=53, heads=5, dim=6, latent=7, frames=3, batch=2, dtype=torch.float32),
 }
+ROWS_TO_SPLIT = 5123  # rows of a cache that the native attention kernel splits where there are few queries
 
 
-def more_calls(sizes: Sizes, device: torch.device) -> dict[str, Callable[[str], None]]:
-    """Arguments that the cases of :mod:`bench.gpu.cases` leave out: segments, log-sum-exp, no gate, one table row."""
+def more_calls(sizes: Sizes, device: torch.device) -> list[tuple[str, Callable[[str], None]]]:
+    """Arguments that the cases of :mod:`bench.gpu.cases` leave out: segments, log-sum-exp, split keys, no gate, one
+    table row."""
 
     def rows(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device).to(sizes.dtype)
@@ -39,6 +42,8 @@ def more_calls(sizes: Sizes, device: torch.device) -> dict[str, Callable[[str], 
     first, middle = sizes.active // 3, sizes.cached // 2
     segments = torch.tensor([[first, 0, middle, 0, 0], [sizes.active - first, 0, 5, middle, sizes.cached]])
     out, lse = torch.empty_like(q), torch.empty(sizes.batch, sizes.heads, sizes.active, device=device)
+    far_k, far_v = (rows(sizes.batch, ROWS_TO_SPLIT, sizes.heads, sizes.dim) for _ in range(2))
+    far_segments = torch.tensor([[first, 0, ROWS_TO_SPLIT, 0, 0], [sizes.active - first, 7, 2000, 2300, 5000]])
     x, y = (rows(sizes.batch, sizes.active, sizes.width) for _ in range(2))
     shift, scale = (torch.randn(1, 1, sizes.width, device=device) for _ in range(2))
     normed = torch.empty_like(x)
@@ -47,11 +52,18 @@ def more_calls(sizes: Sizes, device: torch.device) -> dict[str, Callable[[str], 
         attention.active_attention(out, q, k, v, lse, segments, backend=name)
         finite("active_attention", out, lse)
 
+    def attend_far(name: str) -> None:
+        on_hopper = device.type == "cuda" and _hopper(device) and sizes.dim in (64, 128)
+        if name == "native" and on_hopper:
+            assert native.active_attention_scratch(out, lse, q, far_k, far_v, far_segments), "nothing is split"
+        attention.active_attention(out, q, far_k, far_v, lse, far_segments, backend=name)
+        finite("active_attention", out, lse)
+
     def add(name: str) -> None:
         norm.residual_norm_modulate(x, normed, x, y, None, shift, scale, None, 1e-6, backend=name)
         finite("residual_norm_modulate", x, normed)
 
-    return {"active_attention": attend, "residual_norm_modulate": add}
+    return [("active_attention", attend), ("active_attention", attend_far), ("residual_norm_modulate", add)]
 
 
 def checked(op: str, inputs: Inputs) -> Callable[[str], None]:
@@ -82,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             calls: list[tuple[str, Callable[[str], None]]] = []
             for op, case in OPS.items():
                 calls.append((op, checked(op, case.make(sizes, device))))
-            calls += more_calls(sizes, device).items()
+            calls += more_calls(sizes, device)
             for name, (op, call) in ((name, pair) for name in options.backends for pair in calls):
                 try:
                     call(name)

@@ -44,9 +44,10 @@ constexpr int64_t tile_work = 1 << 22;  // multiply-adds below which a tile alon
 
 class ActiveAttention {
  public:
-  ActiveAttention(py::handle out, py::handle lse, py::handle q, py::handle k, py::handle v, py::handle segments)
+  ActiveAttention(py::handle out, py::handle lse, py::handle q, py::handle k, py::handle v, py::handle segments,
+                  py::handle scratch)
       : op_("active_attention"), fp8_(false) {
-    check(out, lse, q, k, v, py::none(), py::none(), segments);
+    check(out, lse, q, k, v, py::none(), py::none(), segments, scratch);
   }
 
   // The segments, checked.
@@ -60,10 +61,18 @@ class ActiveAttention {
     if (op_.device().kind == DeviceKind::cuda) {
       std::string why = "K and V in FP8 have kernels for device 'cpu' alone";
       if (fp8_ || !cuda::attention_supported(params_, &why)) op_.fail_unserved(why);
-      return cuda::active_attention(params_, launch.stream);
+      return cuda::active_attention(params_, checked_scratch(), launch.stream);
     }
 #endif
     no_kernel(op_);
+  }
+
+  // How many fp32 numbers of scratch let the kernel split keys; 0 where it does not.
+  int64_t scratch_floats() const {
+#if defined(DSA_RT_CUDA)
+    if (op_.device().kind == DeviceKind::cuda) return cuda::attention_scratch(params_);
+#endif
+    return 0;
   }
 
  protected:
@@ -71,7 +80,7 @@ class ActiveAttention {
   explicit ActiveAttention(const char* op) : op_(op), fp8_(true) {}
 
   void check(py::handle out, py::handle lse, py::handle q, py::handle k, py::handle v, py::handle k_scale,
-             py::handle v_scale, py::handle segments) {
+             py::handle v_scale, py::handle segments, py::handle scratch) {
     const DtypeRule dtype("T", float_dtypes), cached = fp8_ ? DtypeRule(Dtype::float8_e4m3fn) : dtype;
     const auto& o = op_.tensor("out", out, {"B", "A", "H", "D"}, dtype, Access::write);
     const TensorView* l =
@@ -84,7 +93,10 @@ class ActiveAttention {
       params_.v_scale = scales_of(op_.tensor("v_scale", v_scale, {"B", "N", "H"}, Dtype::float32));
     }
     const TensorView* parts = segments.is_none() ? nullptr : &op_.host_tensor("segments", segments, {"S", "5"});
+    scratch_ = scratch.is_none() ? nullptr : &op_.tensor("scratch", scratch, {"L"}, Dtype::float32, Access::write);
     op_.check_overlap();
+    if (scratch_ && op_.device().kind == DeviceKind::cpu)
+      op_.fail("scratch is a tensor, expected None: it is for CUDA, where keys are split");
     if (op_.size("N") == 0 || op_.size("D") == 0)
       op_.fail("k holds N = " + std::to_string(op_.size("N")) + " rows of D = " + std::to_string(op_.size("D")) +
                " channels, expected at least one of each");
@@ -108,6 +120,18 @@ class ActiveAttention {
   }
 
  private:
+#if defined(DSA_RT_CUDA)
+  float* checked_scratch() const {
+    if (!scratch_) return nullptr;
+    if (const int64_t least = scratch_floats(); scratch_->shape[0] < least)
+      op_.fail("scratch holds " + std::to_string(scratch_->shape[0]) + " numbers, expected at least " +
+               std::to_string(least) + ", as active_attention_scratch says");
+    if (reinterpret_cast<uintptr_t>(scratch_->data) % 16)
+      op_.fail("scratch begins at an address that is no multiple of 16 bytes; pass the tensor as it was allocated");
+    return scratch_->as<float>();
+  }
+#endif
+
   void run_cpu(const Launch& launch) {
     const cpu::AttentionKernel& kernel = cpu_kernel(launch.instruction_set, params_.element, fp8_);
     const size_t bytes = kernel.scratch_bytes(params_.dim);
@@ -158,7 +182,7 @@ class ActiveAttention {
 
   Signature op_;
   const bool fp8_;
-  const TensorView* segments_view_ = nullptr;
+  const TensorView *segments_view_ = nullptr, *scratch_ = nullptr;
   std::vector<AttentionSegment> segments_;
   cpu::ScaledAttentionParams params_{};
 };
@@ -168,7 +192,7 @@ class ActiveAttentionFp8 : public ActiveAttention {
   ActiveAttentionFp8(py::handle out, py::handle lse, py::handle q, py::handle k, py::handle v, py::handle k_scale,
                      py::handle v_scale, py::handle segments)
       : ActiveAttention("active_attention_fp8") {
-    check(out, lse, q, k, v, k_scale, v_scale, segments);
+    check(out, lse, q, k, v, k_scale, v_scale, segments, py::none());
   }
 };
 
@@ -177,8 +201,15 @@ class ActiveAttentionFp8 : public ActiveAttention {
 void bind_attention(py::module_& m) {
   using Tensor = py::object;
   using py::arg;
-  bind<ActiveAttention, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
-      m, "active_attention", arg("out"), arg("lse"), arg("q"), arg("k"), arg("v"), arg("segments") = py::none());
+  bind<ActiveAttention, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+      m, "active_attention", arg("out"), arg("lse"), arg("q"), arg("k"), arg("v"), arg("segments") = py::none(),
+      arg("scratch") = py::none());
+  m.def(
+      "active_attention_scratch",
+      [](Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor segments) {
+        return ActiveAttention(out, lse, q, k, v, segments, py::none()).scratch_floats();
+      },
+      arg("out"), arg("lse"), arg("q"), arg("k"), arg("v"), arg("segments") = py::none());
   bind<ActiveAttentionFp8, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
       m, "active_attention_fp8", arg("out"), arg("lse"), arg("q"), arg("k"), arg("v"), arg("k_scale"), arg("v_scale"),
       arg("segments") = py::none());

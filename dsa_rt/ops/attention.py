@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dsa_rt.ops.backend import register, served
+from dsa_rt.ops.backend import native, register, served
 from dsa_rt.reference import layers as reference
 
 register(
-    "active_attention(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k, Tensor v, Tensor? segments=None) -> ()"
+    "active_attention(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k, Tensor v, Tensor? segments=None) -> ()",
+    native.active_attention_scratch,
 )
 register(
     "active_attention_fp8(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k, Tensor v, Tensor k_scale, "
@@ -31,9 +32,12 @@ def active_attention(
     each row's scaled scores. ``segments`` [S, 5] int64 on the CPU: for each the number of its queries, which are the
     next ones, then begin, end, begin, end of the rows they attend to. The numbers sum to A; ranges lie in [0, N] and do
     not overlap, and one of the two may be empty. Products, softmax and sums are fp32; with bf16 dot products the
-    softmax's weights are rounded to bf16. Natively a row's result has the same bits in every active set, at every
-    position in it, beside whatever segments, for every number of threads and in every run; it may differ in the last
-    place between processors.
+    softmax's weights are rounded to bf16. Natively on the CPU a row's result has the same bits in every active set, at
+    every position in it, beside whatever segments, for every number of threads and in every run; it may differ in the
+    last place between processors. Natively on CUDA equal calls on equal devices have the same bits; a row whose keys
+    were split, for want of tiles to fill the device, differs in the last places from the same row in a call of other
+    sizes or segments, or at another position. Where keys are split the call takes up to 2 · 128 · (D + 2) fp32 numbers
+    of scratch for each multiprocessor from the framework's allocator.
 
     Raises :class:`dsa_rt.errors.ShapeError` for a wrong shape, dtype, device, stride, segment or overlap of an output
     with another argument, before anything is written, and :class:`dsa_rt.errors.OptionError` for a ``backend`` that

@@ -211,21 +211,23 @@ def describe(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Ch
     return rows
 
 
-def register(schema: str) -> None:
+def register(schema: str, scratch: Callable[..., int] | None = None) -> None:
     """Registers ``dsa_rt::<schema>``, served by the native function of that name: a mutating op, no result.
 
     The schema's arguments are those of the native function, in its order. The fake does nothing, since
-    outputs are arguments: the op is opaque to ``torch.compile`` and stays in its graph.
+    outputs are arguments: the op is opaque to ``torch.compile`` and stays in its graph. ``scratch``: of the same
+    arguments, how many fp32 numbers the function takes on CUDA as its argument ``scratch``.
     """
     name = schema.partition("(")[0]
     function: Callable[..., None] = getattr(native, name)
+    on_cuda = function if scratch is None else _bringing_scratch(function, scratch)
 
     def run_cpu(*arguments: Any) -> None:
         function(*arguments, threads=torch.get_num_threads())
 
     def run_cuda(*arguments: Any) -> None:
         with torch.cuda.device(arguments[0].device):
-            function(*arguments, stream=torch.cuda.current_stream().cuda_stream)
+            on_cuda(*arguments, stream=torch.cuda.current_stream().cuda_stream)
 
     def fake(*arguments: Any) -> None:
         return None
@@ -235,6 +237,17 @@ def register(schema: str) -> None:
     if native.build_info()["cuda"]:
         _LIBRARY.impl(name, trace.named(name, run_cuda), "CUDA")
     torch.library.register_fake(f"dsa_rt::{name}", fake, lib=_LIBRARY)
+
+
+def _bringing_scratch(function: Callable[..., None], scratch: Callable[..., int]) -> Callable[..., None]:
+    """The function with scratch from the framework's allocator, which its caller need not know."""
+
+    def run(*arguments: Any, **options: Any) -> None:
+        count = scratch(*arguments)
+        memory = torch.empty(count, dtype=torch.float32, device=arguments[0].device) if count else None
+        function(*arguments, scratch=memory, **options)  # by name: the dispatcher leaves last arguments out
+
+    return run
 
 
 def served(

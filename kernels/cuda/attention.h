@@ -14,7 +14,13 @@ namespace dsa_rt::cuda {
 // clause that says what it does not take. The arguments are checked ones: ranges inside [0, rows), counts that sum up.
 bool attention_supported(const AttentionParams&, std::string* why);
 
-// Throws std::runtime_error for what attention_supported refuses and for a failed launch. Segments are copied.
-void active_attention(const AttentionParams&, uintptr_t stream);
+// How many fp32 numbers of scratch let active_attention split the keys of these arguments on the current device; 0 where
+// it would not, or where attention_supported refuses them.
+int64_t attention_scratch(const AttentionParams&);
+
+// scratch: at a multiple of 16 bytes, as much as attention_scratch says; null: nothing is split. It may be used again
+// once the stream is past this call. Throws std::runtime_error for what attention_supported refuses and for a failed
+// launch. Segments are copied.
+void active_attention(const AttentionParams&, float* scratch, uintptr_t stream);
 
 }  // namespace dsa_rt::cuda

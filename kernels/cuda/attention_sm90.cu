@@ -1,4 +1,4 @@
-// The Hopper attention kernel's launcher. The kernel: hopper/attention.cuh; why it is as it is:
+// The Hopper attention kernels' launcher. The kernels: hopper/attention.cuh and result.cuh; why it is as it is:
 // docs/kernels/attention-hopper.md.
 #include <cuda_runtime.h>
 
@@ -28,13 +28,18 @@ void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("active_attention: ") + cudaGetErrorString(error));
 }
 
+int multiprocessors() { return std::max(1, device_attribute(cudaDevAttrMultiProcessorCount)); }
+
 template <int D>
-void launch(const AttentionParams& a, const Plan& plan, cudaStream_t stream) {
-  const Arguments p = make_arguments<D>(a, plan);
+void launch(const AttentionParams& a, const Plan& plan, float* scratch, cudaStream_t stream) {
+  const Arguments p = make_arguments<D>(a, plan, scratch);
   check(cudaFuncSetAttribute(attention_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<D>));
-  const int blocks = std::min(plan.tiles, std::max(1, device_attribute(cudaDevAttrMultiProcessorCount)));
-  attention_kernel<D><<<blocks, block_threads, shared_bytes<D>, stream>>>(p);
+  attention_kernel<D><<<std::min(plan.works, multiprocessors()), block_threads, shared_bytes<D>, stream>>>(p);
   check(cudaGetLastError());
+  if (const int blocks = join_blocks<D>(plan)) {
+    join_kernel<D><<<blocks, warpgroup, 0, stream>>>({plan, p.result});
+    check(cudaGetLastError());
+  }
 }
 
 }  // namespace
@@ -50,13 +55,18 @@ bool attention_supported(const AttentionParams& a, std::string* why) {
   return false;
 }
 
-void active_attention(const AttentionParams& a, uintptr_t stream) {
+int64_t attention_scratch(const AttentionParams& a) {
+  std::string why;
+  return attention_supported(a, &why) ? scratch_floats(split_plan(a, multiprocessors()), a.dim) : 0;
+}
+
+void active_attention(const AttentionParams& a, float* scratch, uintptr_t stream) {
   std::string why;
   if (!attention_supported(a, &why)) throw std::runtime_error("active_attention: " + why);
-  const Plan plan = make_plan(a);
-  if (!plan.tiles) return;
+  const Plan plan = scratch ? split_plan(a, multiprocessors()) : make_plan(a);
+  if (!plan.works) return;
   const auto launcher = a.dim == 64 ? launch<64> : launch<128>;
-  launcher(a, plan, reinterpret_cast<cudaStream_t>(stream));
+  launcher(a, plan, scratch, reinterpret_cast<cudaStream_t>(stream));
 }
 
 }  // namespace dsa_rt::cuda

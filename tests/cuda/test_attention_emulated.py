@@ -8,46 +8,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from . import hopper
-from .attention_oracle import Segments, check, poison_outside, random_segments, slices_of_a_cache
+from .attention_oracle import check, poison_outside, random_segments, slices_of_a_cache
 
 dims = pytest.mark.parametrize("dim", [64, 128])
 lates = pytest.mark.parametrize("late", hopper.LATE)
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print(f"random seed {seed}")
-    torch.manual_seed(seed)
-    return np.random.default_rng(seed)
-
-
-def poison(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.full(shape, float("nan"), dtype=dtype)
-
-
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    segments: Segments | None = None,
-    blocks: int = 1,
-    seed: int = 0,
-    late: str = "products",
-) -> tuple[Tensor, Tensor]:
-    """Out and log-sum-exp, both parts of larger tensors whose other elements stay as they are."""
-    batch, active, heads, dim = q.shape
-    buffer, sums = (
-        poison(batch, active + 2, heads, dim, dtype=torch.bfloat16),
-        poison(batch, heads, active + 3),
-    )
-    out, lse = buffer[:, 1:-1], sums[..., 1:-2]
-    hopper.run(hopper.params(out, q, k, v, lse, segments), blocks, seed, late)
-    assert buffer[:, [0, -1]].isnan().all() and sums[..., [0, -2, -1]].isnan().all()
-    return out, lse
 
 
 @dims
@@ -59,7 +25,7 @@ def test_a_layer_of_a_cache(dim: int, late: str, rng: np.random.Generator) -> No
     print(f"batch {batch}, active {active}, rows {rows}, heads {heads}, blocks {blocks}, seed {seed}")
     q = torch.randn(batch, active, heads, dim).bfloat16()
     k, v = slices_of_a_cache(batch, rows, heads, dim)
-    check(*run(q, k, v, None, blocks, seed, late), q, k, v)
+    check(*hopper.attend(q, k, v, None, hopper.Splitting(blocks), seed, late), q, k, v)
 
 
 @dims
@@ -73,7 +39,7 @@ def test_segments_see_their_ranges_alone(dim: int, late: str, most: int, rng: np
     k, v = slices_of_a_cache(batch, rows, 1, dim)
     poison_outside(k, segments)
     poison_outside(v, segments)
-    check(*run(q, k, v, segments, 3, seed, late), q, k, v, segments)
+    check(*hopper.attend(q, k, v, segments, hopper.Splitting(3), seed, late), q, k, v, segments)
 
 
 @dims
@@ -81,7 +47,7 @@ def test_segments_see_their_ranges_alone(dim: int, late: str, most: int, rng: np
 def test_at_the_edges_of_tiles(dim: int, active: int, rows: int, rng: np.random.Generator) -> None:
     q = torch.randn(1, active, 1, dim).bfloat16()
     k, v = slices_of_a_cache(1, rows, 1, dim)
-    check(*run(q, k, v, seed=int(rng.integers(1 << 30))), q, k, v)
+    check(*hopper.attend(q, k, v, seed=int(rng.integers(1 << 30))), q, k, v)
 
 
 @dims
@@ -91,17 +57,17 @@ def test_large_scores(dim: int, rng: np.random.Generator) -> None:
     k, v = slices_of_a_cache(1, 300, 1, dim)
     k[:, 290] = q[:, 0]
     k[:, 0] = q[:, 1]
-    check(*run(q, k, v, seed=int(rng.integers(1 << 30))), q, k, v)
+    check(*hopper.attend(q, k, v, seed=int(rng.integers(1 << 30))), q, k, v)
 
 
 @dims
 def test_nan_in_a_query_stays_in_its_row(dim: int, rng: np.random.Generator) -> None:
     q = torch.randn(1, 90, 1, dim).bfloat16()
     k, v = slices_of_a_cache(1, 150, 1, dim)
-    clean, clean_lse = run(q, k, v)
+    clean, clean_lse = hopper.attend(q, k, v)
     hit = int(rng.integers(90))
     q[:, hit, :, int(rng.integers(dim))] = float("nan")
-    out, lse = run(q, k, v)
+    out, lse = hopper.attend(q, k, v)
     assert out[:, hit].isnan().all() and lse[..., hit].isnan().all()
     others = torch.arange(90) != hit
     assert torch.equal(out[:, others], clean[:, others]) and torch.equal(
@@ -110,18 +76,18 @@ def test_nan_in_a_query_stays_in_its_row(dim: int, rng: np.random.Generator) -> 
 
 
 def test_the_same_bits_on_any_number_of_blocks_in_any_order(rng: np.random.Generator) -> None:
-    """And for a query at any place in any active set."""
+    """And for a query at any place in any active set, where nothing is split."""
     q = torch.randn(1, 260, 1, 64).bfloat16()
     k, v = slices_of_a_cache(1, 333, 1, 64)
-    first = run(q, k, v, None, 1, 1)
+    first = hopper.attend(q, k, v, None, hopper.WHOLE, 1)
     for blocks, seed in ((2, 7), (3, int(rng.integers(1 << 30)))):
-        again = run(q, k, v, None, blocks, seed, hopper.LATE[blocks - 1])
+        again = hopper.attend(q, k, v, None, hopper.Splitting(blocks), seed, hopper.LATE[blocks - 1])
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     some = torch.randperm(260)[:77]
-    out, lse = run(q[:, some], k, v)
+    out, lse = hopper.attend(q[:, some], k, v)
     assert torch.equal(out, first[0][:, some]) and torch.equal(lse, first[1][..., some])
 
 
 def test_without_queries_nothing_happens() -> None:
     q, k = torch.randn(1, 0, 1, 64).bfloat16(), torch.randn(1, 5, 1, 64).bfloat16()
-    hopper.run(hopper.params(torch.empty_like(q), q, k, k))
+    hopper.run(hopper.params(torch.empty_like(q), q, k, k), hopper.WHOLE)

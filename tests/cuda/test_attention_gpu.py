@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsa_rt.errors import OptionError
+from dsa_rt import _native
+from dsa_rt.errors import OptionError, ShapeError
 from dsa_rt.ops.attention import active_attention
 
 from .attention_oracle import Segments, check, poison_outside, random_segments, slices_of_a_cache
@@ -21,14 +22,6 @@ pytestmark = [
     ),
 ]
 dims = pytest.mark.parametrize("dim", [64, 128])
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print(f"random seed {seed}")
-    torch.manual_seed(seed)
-    return np.random.default_rng(seed)
 
 
 def queries(batch: int, active: int, heads: int, dim: int) -> Tensor:
@@ -95,15 +88,54 @@ def test_as_exact_as_the_framework(dim: int, scale: float, rng: np.random.Genera
 
 
 @dims
-def test_the_same_bits_in_every_run_and_active_set(dim: int, rng: np.random.Generator) -> None:
-    q = queries(2, 2000, 8, dim)
+@pytest.mark.parametrize("active", [333, 2000])
+def test_the_same_bits_in_every_run(dim: int, active: int, rng: np.random.Generator) -> None:
+    """Where keys are split and where they are not."""
+    q = queries(2, active, 8, dim)
     k, v = slices_of_a_cache(2, 5000, 8, dim, "cuda")
     first = run(q, k, v)
     for _ in range(20):
         assert all(torch.equal(a, b) for a, b in zip(first, run(q, k, v), strict=True))
+
+
+def natively(q: Tensor, k: Tensor, v: Tensor, scratch: Tensor | None) -> tuple[Tensor, Tensor]:
+    out, lse = torch.full_like(q, float("nan")), torch.full((*q.shape[:3],), float("nan"), device="cuda")
+    lse = lse.transpose(1, 2).contiguous()
+    stream = torch.cuda.current_stream().cuda_stream
+    _native.active_attention(out, lse, q, k, v, scratch=scratch, stream=stream)
+    return out, lse
+
+
+@dims
+def test_without_scratch_the_same_bits_in_every_active_set(dim: int, rng: np.random.Generator) -> None:
+    q = queries(2, 2000, 8, dim)
+    k, v = slices_of_a_cache(2, 5000, 8, dim, "cuda")
+    first = natively(q, k, v, None)
     some = torch.randperm(2000, device="cuda")[:333]
-    out, lse = run(q[:, some], k, v)
+    out, lse = natively(q[:, some], k, v, None)
     assert torch.equal(out, first[0][:, some]) and torch.equal(lse, first[1][..., some])
+
+
+@dims
+@pytest.mark.parametrize("active, rows, heads", [(1, 32760, 12), (131, 9360, 5), (400, 8190, 12), (1409, 5003, 12)])
+def test_split_keys(dim: int, active: int, rows: int, heads: int, rng: np.random.Generator) -> None:
+    """Through scratch that holds NaN and is as small as may be; as without it, but for rounding."""
+    q = queries(1, active, heads, dim)
+    k, v = slices_of_a_cache(1, rows, heads, dim, "cuda")
+    count = _native.active_attention_scratch(q, None, q, k, v)
+    assert count > 0
+    scratch = torch.full((count + 64,), float("nan"), device="cuda")
+    out, lse = natively(q, k, v, scratch[:count])
+    assert scratch[count:].isnan().all() and not scratch[:count].isnan().all()
+    whole = natively(q, k, v, None)
+    assert not torch.equal(lse, whole[1])
+    torch.testing.assert_close(lse, whole[1], rtol=1e-5, atol=1e-5)
+    some = torch.randperm(active, device="cuda")[:100]
+    check(out[:, some], lse[..., some], q[:, some], k, v)
+    with pytest.raises(ShapeError, match="scratch"):
+        natively(q, k, v, scratch[: count - 1])
+    with pytest.raises(ShapeError, match="scratch"):
+        natively(q, k, v, scratch[1 : count + 1])
 
 
 @dims
@@ -123,10 +155,11 @@ def test_nan_in_a_query_stays_in_its_row(dim: int, rng: np.random.Generator) -> 
 
 @dims
 def test_in_a_graph(dim: int, rng: np.random.Generator) -> None:
-    """Replays see the tensors' new values; segments are those of the capture."""
-    segments = [[150, 0, 64, 200, 901], [183, 10, 999, 999, 999]]
+    """Replays see the tensors' new values; segments are those of the capture, and split keys use its scratch."""
+    segments = [[150, 0, 64, 200, 6001], [183, 10, 7999, 7999, 7999]]
     q = queries(1, 333, 4, dim)
-    k, v = slices_of_a_cache(1, 999, 4, dim, "cuda")
+    k, v = slices_of_a_cache(1, 7999, 4, dim, "cuda")
+    assert _native.active_attention_scratch(q, None, q, k, v, torch.tensor(segments)) > 0
     out, lse = torch.empty_like(q), torch.empty(1, 4, 333, device="cuda")
     held = torch.tensor(segments)
     stream = torch.cuda.Stream()

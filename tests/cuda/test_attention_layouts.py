@@ -1,12 +1,12 @@
 """Index arithmetic of the Hopper attention kernel: descriptors and fragments against models written from the PTX ISA's
-chapter on wgmma, the plan of tiles against counting, and what the kernel refuses."""
+chapter on wgmma, what the kernel refuses, and the machine code."""
 
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
-from ctypes import byref, c_int64
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +14,9 @@ import pytest
 import torch
 
 from . import hopper
-from .attention_oracle import Segments, random_segments
 
 dims = pytest.mark.parametrize("dim", [64, 128])
 TILE_ROWS = 128
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print(f"random seed {seed}")
-    return np.random.default_rng(seed)
 
 
 def tile_in_shared_memory(start: int, dim: int) -> dict[int, tuple[int, int]]:
@@ -102,71 +94,6 @@ def test_scores_are_the_operand_of_the_next_product() -> None:
                 assert at_column == 16 * step + thread % 4 * 2 + i % 2 + 8 * (i >= 4)
 
 
-def plan(batch: int, active: int, heads: int, rows: int, segments: Segments | None) -> hopper.Params:
-    q, k = torch.empty(batch, active, heads, 64), torch.empty(batch, rows, heads, 64)
-    return hopper.params(q, q, k, k, None, segments)
-
-
-@pytest.mark.parametrize("case", range(20))
-def test_every_query_is_computed_once(case: int, rng: np.random.Generator) -> None:
-    batch, active, heads, rows = (int(n) for n in rng.integers((1, 0, 1, 1), (4, 2000, 13, 3000)))
-    segments = None if case % 5 == 0 else random_segments(rng, active, rows)
-    blocks = int(rng.integers(1, 133))
-    print(f"batch {batch}, active {active}, heads {heads}, rows {rows}, segments {segments}, blocks {blocks}")
-    p = plan(batch, active, heads, rows, segments)
-    seen = np.zeros((batch, heads, active), int)
-    buffer = (c_int64 * (4 * batch * heads * (active // 128 + 10)))()
-    load = []
-    for block in range(blocks):
-        count = hopper.library().plan_tiles(byref(p), block, blocks, buffer)
-        load.append(0)
-        for query, b, head, size in np.array(buffer[: 4 * count]).reshape(-1, 4):
-            assert 1 <= size <= 128
-            seen[b, head, query : query + size] += 1
-            load[-1] += key_tiles(p, int(query), rows).shape[0]
-    assert (seen == 1).all()
-    if segments is None and active:  # tiles of one cost: no block has two more than another
-        assert max(load) - min(load) <= -(-rows // 128)
-
-
-def key_tiles(p: hopper.Params, query: int, rows: int) -> np.ndarray:
-    buffer = (c_int64 * (2 * (rows // 128 + 3)))()
-    return np.array(buffer[: 2 * hopper.library().key_tiles_of(byref(p), query, buffer)]).reshape(-1, 2)
-
-
-@pytest.mark.parametrize("case", range(20))
-def test_every_row_of_a_segment_is_attended_once(case: int, rng: np.random.Generator) -> None:
-    active, rows = 40, int(rng.integers(1, 2000))
-    segments = random_segments(rng, active, rows)
-    print(f"rows {rows}, segments {segments}")
-    p = plan(1, active, 1, rows, segments)
-    start = 0
-    for count, a, b, c, d in segments:
-        for query in (start, start + count - 1) if count else ():
-            seen = np.zeros(rows + 128, int)
-            for row, size in key_tiles(p, query, rows):
-                assert 1 <= size <= 128
-                seen[row : row + size] += 1
-            want = np.zeros_like(seen)
-            want[a:b] += 1
-            want[c:d] += 1
-            assert (seen == want).all()
-        start += count
-
-
-def test_adjoining_ranges_are_one() -> None:
-    """60 + 40 rows are one tile, in either order, and not two."""
-    for segment in ([1, 10, 70, 70, 110], [1, 70, 110, 10, 70]):
-        assert key_tiles(plan(1, 1, 1, 200, [segment]), 0, 200).tolist() == [[10, 100]]
-
-
-def test_long_segments_come_first() -> None:
-    p = plan(1, 300, 1, 1000, [[100, 0, 100, 0, 0], [100, 0, 1000, 0, 0], [100, 0, 400, 0, 0]])
-    buffer = (c_int64 * 12)()
-    assert hopper.library().plan_tiles(byref(p), 0, 1, buffer) == 3
-    assert buffer[::4] == [100, 200, 0]
-
-
 def test_what_the_kernel_takes() -> None:
     def refusal(heads: int = 2, dim: int = 64, dtype: torch.dtype = torch.bfloat16, **over: object) -> str:
         x = torch.empty(2, 40, heads, dim, dtype=dtype)
@@ -206,9 +133,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def test_the_assembler_keeps_registers_and_overlap(compiled: tuple[Path, str]) -> None:
-    """No spills, no stack, no product made to wait (C7508 to C7519 say so), for both head dimensions."""
+    """No spills, no stack, no product made to wait (C7508 to C7519 say so), for both kernels and head dimensions."""
     said = compiled[1]
-    assert said.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 2
+    assert said.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 4
     assert "C75" not in said and "warning" not in said.lower(), said
 
 
@@ -220,11 +147,24 @@ def test_instructions_of_the_machine_code(compiled: tuple[Path, str]) -> None:
     code = subprocess.run(
         ["nvdisasm", "-c", str(compiled[0])], capture_output=True, text=True, check=True
     ).stdout
+    products, joins = 0, 0
     for kernel in code.split(".section\t.text.")[1:]:
         assert "LDL" not in kernel and "STL" not in kernel
+        if "join_kernel" in kernel.splitlines()[0]:
+            joins += 1
+            assert "HGMMA" not in kernel and "LDS" not in kernel
+            assert "LDG.E.128" in kernel and "STG.E.128" in kernel
+            continue
+        products += 1
+        dim = 64 if "ILi64E" in kernel.splitlines()[0] else 128
+        assert kernel.count("HGMMA") == 2 * dim // 16 + 2 * 8
         assert kernel.count("USETMAXREG") == 2 and "UTMALDG.5D" in kernel and ".tnspB" in kernel
         loop = kernel[kernel.index("DEPBAR.LE gsb0, 0x1") :]
         assert loop[: loop.index("DEPBAR.LE gsb0, 0x0")].count("MUFU.EX2") == 64 + 2
+        producer = kernel[kernel.index("USETMAXREG.DEALLOC") :]
+        producer = producer[: producer.rindex("EXIT")]
+        assert max(int(register) for register in re.findall(r"\bR(\d+)", producer)) < 24
+    assert products == joins == 2
 
 
 def test_the_emulated_parameters_are_the_real_ones() -> None:

@@ -373,3 +373,12 @@ def test_the_faster_backend_is_chosen(
         assert row.backend == picks[dtype]
         assert ("native" in row.reason) == (row.backend == "torch")
     assert backend.choose("active_attention", "cuda", torch.bfloat16) == "torch"
+
+
+def test_scratch_is_for_cuda() -> None:
+    """On the CPU none is wanted, and none is taken in silence."""
+    q, out = torch.randn(1, 5, 2, 64), poison(1, 5, 2, 64)
+    assert _native.active_attention_scratch(out, None, q, q, q) == 0
+    with pytest.raises(ShapeError, match="scratch is a tensor, expected None"):
+        _native.active_attention(out, None, q, q, q, None, torch.empty(100))
+    assert out.isnan().all()

@@ -165,6 +165,31 @@ def test_opcheck(op: str, optional: bool) -> None:
     torch.library.opcheck(getattr(torch.ops.dsa_rt, op).default, tuple(arguments))
 
 
+def test_scratch_is_brought_to_the_argument_of_its_name() -> None:
+    """Also where the dispatcher leaves out a last argument that has its default."""
+    got: list[tuple[Tensor | None, Tensor | None, int]] = []
+
+    def function(
+        out: Tensor, segments: Tensor | None = None, scratch: Tensor | None = None, stream: int = 0
+    ) -> None:
+        got.append((segments, scratch, stream))
+
+    def numbers(out: Tensor, segments: Tensor | None = None) -> int:
+        return 6 if segments is None else 0
+
+    bringing = backend._bringing_scratch(function, numbers)
+    library = torch.library.Library("dsa_rt_scratch_test", "DEF")
+    library.define("op(Tensor(a!) out, Tensor? segments=None) -> ()")
+    library.impl("op", lambda *arguments: bringing(*arguments, stream=7), "CPU")
+    segments = torch.tensor([1])
+    for given in (None, segments):
+        torch.ops.dsa_rt_scratch_test.op(torch.empty(3, dtype=torch.bfloat16), given)
+    (none, scratch, stream), (kept, no_scratch, _) = got
+    assert none is None and no_scratch is None and stream == 7
+    assert kept is not None and torch.equal(kept, segments)
+    assert scratch is not None and scratch.shape == (6,) and scratch.dtype == torch.float32
+
+
 def test_compiled_graphs_hold_the_ops() -> None:
     """One graph without breaks that calls the native ops, with the same bits as eager, for two sizes."""
     graphs = []

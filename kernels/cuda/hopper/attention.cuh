@@ -13,6 +13,7 @@
 
 #include "barrier.cuh"
 #include "layout.cuh"
+#include "result.cuh"
 #include "scheduler.cuh"
 #include "softmax.cuh"
 #include "tma.cuh"
@@ -20,23 +21,19 @@
 
 namespace dsa_rt::cuda::hopper {
 
-constexpr int warpgroup = 128, consumers = 2, block_threads = (1 + consumers) * warpgroup;
-constexpr int consumer_warps = consumers * warpgroup / 32;
-static_assert(tile_queries == consumers * mma_rows);
+constexpr int block_threads = (1 + consumers) * warpgroup, consumer_warps = consumers * warpgroup / 32;
 
 struct Arguments {
   TensorMap q, k;
   TensorMap v[2 * max_segments];  // one for each range, ending where it ends: rows beyond arrive as zeros, so that
                                   // weights of 0 meet no NaN. Keys need none: their scores are masked.
   Plan plan;
-  Heads out;
-  float* lse;
-  int64_t lse_batch_stride, lse_head_stride;
-  float scale_log2;  // log2 e / sqrt D
+  Result result;
 };
+static_assert(sizeof(Arguments) <= 4096, "parameters of a kernel");
 
 template <int D>
-Arguments make_arguments(const AttentionParams& a, const Plan& plan) {
+Arguments make_arguments(const AttentionParams& a, const Plan& plan, float* scratch) {
   Arguments p = {};
   p.q = rows_map(a.q, a.batch, a.active, a.heads, D, tile_queries);
   p.k = rows_map(a.k, a.batch, a.rows, a.heads, D, tile_keys);
@@ -44,11 +41,8 @@ Arguments make_arguments(const AttentionParams& a, const Plan& plan) {
     for (int range = 0; range < plan.segments[i].ranges; ++range)
       p.v[2 * i + range] = rows_map(a.v, a.batch, plan.segments[i].end[range], a.heads, D, tile_keys);
   p.plan = plan;
-  p.out = a.out;
-  p.lse = a.lse;
-  p.lse_batch_stride = a.lse_batch_stride;
-  p.lse_head_stride = a.lse_head_stride;
-  p.scale_log2 = (float)(1.44269504088896340736 / std::sqrt((double)D));
+  p.result = {a.out, a.lse, a.lse_batch_stride, a.lse_head_stride, scratch,
+              (float)(1.44269504088896340736 / std::sqrt((double)D))};
   return p;
 }
 
@@ -88,10 +82,11 @@ __device__ __forceinline__ void produce(const Arguments& p, Storage<D>& shared) 
   Cursor<stages<D>> key, value;
   Cursor<1> query;
   for (int64_t round = 0;; ++round) {
-    const int64_t index = tile_index(round, blockIdx.x, gridDim.x);
-    if (index >= p.plan.tiles) return;
-    const QueryTile tile = query_tile(p.plan, (int)index);
-    const Segment& segment = p.plan.segments[tile.segment];
+    const int64_t index = work_index(round, blockIdx.x, gridDim.x);
+    if (index >= p.plan.works) return;
+    const Work work = work_of(p.plan, (int)index);
+    const QueryTile& tile = work.tile;
+    const Segment& segment = p.plan.segments[work.segment];
 
     const auto load_keys = [&](const KeyTile& rows) {
       wait(shared.k_empty[key.stage], key.parity ^ 1);
@@ -102,7 +97,7 @@ __device__ __forceinline__ void produce(const Arguments& p, Storage<D>& shared) 
     const auto load_values = [&](const KeyTile& rows) {
       wait(shared.v_empty[value.stage], value.parity ^ 1);
       arrive_and_expect(shared.v_full[value.stage], sizeof(shared.v[0]));
-      load_rows(shared.v[value.stage], p.v[2 * tile.segment + rows.range], shared.v_full[value.stage], rows.row,
+      load_rows(shared.v[value.stage], p.v[2 * work.segment + rows.range], shared.v_full[value.stage], rows.row,
                 tile.head, tile.batch);
       value.advance();
     };
@@ -113,10 +108,9 @@ __device__ __forceinline__ void produce(const Arguments& p, Storage<D>& shared) 
     query.advance();
 
     // In the order in which consumers use them: the values of a tile after the keys of the next.
-    KeyTile rows = key_tile(segment, 0);
+    KeyTile rows = key_tile(segment, work.first_keys);
     load_keys(rows);
-    const int count = key_tiles(segment);
-    for (int i = 1; i < count; ++i) {
+    for (int i = work.first_keys + 1; i < work.end_keys; ++i) {
       const KeyTile next = key_tile(segment, i);
       load_keys(next);
       load_values(rows);
@@ -153,50 +147,6 @@ __device__ __forceinline__ void pack(uint32_t (&p)[tile_keys / 4], const float (
       p[4 * step + pair] = pack_bf16(s[operand_pair(step, pair)], s[operand_pair(step, pair) + 1]);
 }
 
-// Word w of lane c in a quad and word c of lane w change places.
-__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4], int lane) {
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {
-    const bool upper = lane & bit;
-#pragma unroll
-    for (int low = 0; low < 4; ++low) {
-      if (low & bit) continue;
-      const uint32_t other = exchange(upper ? words[low] : words[low | bit], bit);
-      words[low] = upper ? other : words[low];
-      words[low | bit] = upper ? words[low | bit] : other;
-    }
-  }
-}
-
-// Divides by the sums and writes the rows that are the segment's, 64 contiguous bytes of a row per quad and store.
-template <int D>
-__device__ __forceinline__ void write(const Arguments& p, const Segment& segment, const QueryTile& tile,
-                                      const float (&o)[D / 2], const Softmax& softmax, int first_row, int thread) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = tile.first + first_row + fragment_row(thread) + 8 * i;
-    const bool mine = row < segment.queries;
-    const int64_t query = segment.first_query + row;
-    const float total = softmax.total(i), factor = reciprocal(total);
-    uint16_t* out = static_cast<uint16_t*>(p.out.data) + tile.batch * p.out.batch_stride + query * p.out.row_stride +
-                    tile.head * p.out.head_stride;
-#pragma unroll
-    for (int group = 0; group < D / 32; ++group) {
-      uint32_t words[4];
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const int j = 4 * (4 * group + w) + 2 * i;
-        words[w] = pack_bf16(o[j] * factor, o[j + 1] * factor);
-      }
-      transpose_quad(words, thread);
-      if (mine)
-        *reinterpret_cast<uint4*>(out + 32 * group + 8 * (thread % 4)) = {words[0], words[1], words[2], words[3]};
-    }
-    if (mine && p.lse && thread % 4 == 0)
-      p.lse[tile.batch * p.lse_batch_stride + tile.head * p.lse_head_stride + query] = softmax.log_sum_exp(i, total);
-  }
-}
-
 template <int D>
 __device__ __forceinline__ void consume(const Arguments& p, Storage<D>& shared, int consumer, int thread) {
   const int my_turn = 1 + consumer, others_turn = 2 - consumer;  // named barriers; 0 is __syncthreads's
@@ -212,13 +162,12 @@ __device__ __forceinline__ void consume(const Arguments& p, Storage<D>& shared, 
 
   if (consumer == 1) named_arrive(others_turn, consumers * warpgroup);
   for (int64_t round = 0;; ++round) {
-    const int64_t index = tile_index(round, blockIdx.x, gridDim.x);
-    if (index >= p.plan.tiles) break;
-    const QueryTile tile = query_tile(p.plan, (int)index);
-    const Segment& segment = p.plan.segments[tile.segment];
-    const int count = key_tiles(segment);
+    const int64_t index = work_index(round, blockIdx.x, gridDim.x);
+    if (index >= p.plan.works) break;
+    const Work work = work_of(p.plan, (int)index);
+    const Segment& segment = p.plan.segments[work.segment];
 
-    Softmax softmax{p.scale_log2};
+    Softmax softmax{p.result.scale_log2};
     float s[tile_keys / 2], o[D / 2] = {}, fade[2];
     uint32_t weights[tile_keys / 4];
 
@@ -231,13 +180,13 @@ __device__ __forceinline__ void consume(const Arguments& p, Storage<D>& shared, 
     named_arrive(others_turn, consumers * warpgroup);
     finish<0>(s);
     done(shared.k_empty[key.stage]);
-    if (count == 1) done(shared.q_empty);
-    if (const int rows = key_tile(segment, 0).rows; rows < tile_keys) mask(s, rows, thread);
+    if (work.first_keys + 1 == work.end_keys) done(shared.q_empty);
+    if (const int rows = key_tile(segment, work.first_keys).rows; rows < tile_keys) mask(s, rows, thread);
     softmax.update(s, fade);
     pack(weights, s);
     wait(shared.v_full[value.stage], value.parity);
 
-    for (int i = 1; i < count; ++i) {
+    for (int i = work.first_keys + 1; i < work.end_keys; ++i) {
       key.advance();
       wait(shared.k_full[key.stage], key.parity);
       named_sync(my_turn, consumers * warpgroup);
@@ -247,7 +196,7 @@ __device__ __forceinline__ void consume(const Arguments& p, Storage<D>& shared, 
       named_arrive(others_turn, consumers * warpgroup);
       finish<1>(s);
       done(shared.k_empty[key.stage]);
-      if (i + 1 == count) done(shared.q_empty);
+      if (i + 1 == work.end_keys) done(shared.q_empty);
       if (const int rows = key_tile(segment, i).rows; rows < tile_keys) mask(s, rows, thread);
       softmax.update(s, fade);
       pin(s);
@@ -270,7 +219,10 @@ __device__ __forceinline__ void consume(const Arguments& p, Storage<D>& shared, 
     finish<0>(o, weights);
     done(shared.v_empty[value.stage]);
     value.advance();
-    write<D>(p, segment, tile, o, softmax, first_row, thread);
+    if (work.slot < 0)
+      write<D>(p.result, segment, work.tile, o, softmax, first_row, thread);
+    else
+      write_partial<D>(p.result, segment, work, o, softmax, first_row, thread);
   }
   if (consumer == 0) named_sync(my_turn, consumers * warpgroup);  // the arrival that is left
 }

@@ -23,6 +23,9 @@ struct Softmax {
   float top[2] = {-INFINITY, -INFINITY};     // the rows' largest score so far, unscaled
   float sum[2] = {0, 0};                     // this thread's share of the sum of 2^(scale * (score - top))
 
+  // What weights of row i (0 or 1) are relative to. A row of nothing but -infinity has weights 0.
+  __device__ __forceinline__ float shift(int i) const { return top[i] == -INFINITY ? 0.0f : top[i] * scale; }
+
   // Turns scores into weights 2^(scale * (score - top)). Earlier sums of weights count `fade` times from here on.
   template <int n>
   __device__ __forceinline__ void update(float (&scores)[n], float (&fade)[2]) {
@@ -33,9 +36,10 @@ struct Softmax {
       for (int j = 2 * i; j < n; j += 4) now = fmaxf(now, fmaxf(scores[j], scores[j + 1]));
       now = fmaxf(now, exchange(now, 1));
       now = fmaxf(now, exchange(now, 2));
-      const float shift = now == -INFINITY ? 0.0f : now * scale;  // a row of nothing but -infinity has weights 0
-      fade[i] = exp2_fast(fmaf(top[i], scale, -shift));
+      const float before = top[i];
       top[i] = now;
+      const float shift = this->shift(i);
+      fade[i] = exp2_fast(fmaf(before, scale, -shift));
       float even = 0, odd = 0;
 #pragma unroll
       for (int j = 2 * i; j < n; j += 4) {
@@ -48,7 +52,7 @@ struct Softmax {
     }
   }
 
-  // The whole sum of row i (0 or 1), in all threads of the quad.
+  // The whole sum of row i, in all threads of the quad.
   __device__ __forceinline__ float total(int i) const {
     const float pair = sum[i] + exchange(sum[i], 1);
     return pair + exchange(pair, 2);
@@ -57,7 +61,7 @@ struct Softmax {
   // log sum exp of row i's scaled scores, natural logarithm.
   __device__ __forceinline__ float log_sum_exp(int i, float total) const {
     constexpr float ln2 = 0.693147180559945309f;
-    return fmaf(top[i] == -INFINITY ? 0.0f : top[i] * scale, ln2, logf(total));
+    return fmaf(shift(i), ln2, logf(total));
   }
 };
 

@@ -5,7 +5,7 @@
 
 #include <string>
 
-#include "scheduler.cuh"
+#include "plan.h"
 
 namespace dsa_rt::cuda::hopper {
 

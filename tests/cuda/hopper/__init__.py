@@ -9,8 +9,10 @@ import shutil
 import subprocess
 import tempfile
 from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_int64, c_uint32, c_uint64, c_void_p
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,8 +48,21 @@ class Params(Structure):
     ]
 
 
+class Splitting(Structure):
+    """On how many multiprocessors, and how the keys of the last tiles are split: not at all; as the host decides;
+    those of the tiles from ``whole`` on into parts of ``length`` key tiles or less."""
+
+    _fields_ = [("blocks", c_int64), ("decided", c_int64), ("whole", c_int64), ("length", c_int64)]
+
+
 class Request(Structure):
-    _fields_ = [("params", Params), ("blocks", c_int64), ("seed", c_uint64), ("late", c_int64)]
+    _fields_ = [
+        ("params", Params),
+        ("splitting", Splitting),
+        ("scratch", c_void_p),
+        ("seed", c_uint64),
+        ("late", c_int64),
+    ]
 
 
 def params(
@@ -99,9 +114,14 @@ def library() -> ctypes.CDLL:
             raise RuntimeError(result.stderr)
         loaded = ctypes.CDLL(str(built))
     loaded.attention_run.restype = loaded.attention_refusal.restype = c_char_p
-    loaded.plan_tiles.restype = loaded.key_tiles_of.restype = c_int64
-    loaded.plan_tiles.argtypes = [POINTER(Params), c_int64, c_int64, POINTER(c_int64)]
-    loaded.key_tiles_of.argtypes = [POINTER(Params), c_int64, POINTER(c_int64)]
+    plan, table = [POINTER(Params), POINTER(Splitting)], POINTER(c_int64)
+    for name, arguments in {
+        "key_tiles_of": [POINTER(Params), c_int64, table],
+        "plan_joins": [*plan, table],
+        "plan_works": [*plan, c_int64, table],
+        "scratch_of": plan,
+    }.items():
+        getattr(loaded, name).restype, getattr(loaded, name).argtypes = c_int64, arguments
     for name in ("k_major_descriptor", "mn_major_descriptor"):
         getattr(loaded, name).restype = c_uint64
         getattr(loaded, name).argtypes = [c_uint32, c_int, c_int]
@@ -111,11 +131,81 @@ def library() -> ctypes.CDLL:
 LATE = ("nothing", "copies", "products")
 
 
-def run(p: Params, blocks: int = 1, seed: int = 0, late: str = "nothing") -> None:
-    """Runs the attention kernel on that many blocks, one after the other; RuntimeError where one deadlocks or misuses
-    a barrier. ``late``, of :data:`LATE`, happens only when nothing else can."""
-    if error := library().attention_run(byref(Request(p, blocks, seed, LATE.index(late)))):
+def run(
+    p: Params,
+    splitting: Splitting,
+    scratch: Tensor | None = None,
+    seed: int = 0,
+    late: str = "nothing",
+) -> None:
+    """Runs the attention kernel, and the one that joins parts, block after block; RuntimeError where one deadlocks or
+    misuses a barrier. ``scratch``: fp32, of :func:`scratch_floats`. ``late``, of :data:`LATE`, happens only when
+    nothing else can."""
+    address = None if scratch is None else scratch.data_ptr()
+    if error := library().attention_run(byref(Request(p, splitting, address, seed, LATE.index(late)))):
         raise RuntimeError(error.decode())
+
+
+WHOLE = Splitting(1)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: list[list[int]] | None = None,
+    splitting: Splitting = WHOLE,
+    seed: int = 0,
+    late: str = "products",
+) -> tuple[Tensor, Tensor]:
+    """Out and log-sum-exp of a :func:`run`, both parts of larger tensors whose other elements stay as they are, through
+    scratch that holds NaN, and behind it what stays as it is."""
+    batch, active, heads, dim = q.shape
+
+    def poison(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.full(shape, float("nan"), dtype=dtype)
+
+    buffer = poison(batch, active + 2, heads, dim, dtype=torch.bfloat16)
+    sums = poison(batch, heads, active + 3)
+    out, lse = buffer[:, 1:-1], sums[..., 1:-2]
+    p = params(out, q, k, v, lse, segments)
+    size = scratch_floats(p, splitting)
+    scratch = poison(size + 64)
+    run(p, splitting, scratch, seed, late)
+    assert buffer[:, [0, -1]].isnan().all() and sums[..., [0, -2, -1]].isnan().all()
+    assert scratch[size:].isnan().all()
+    return out, lse
+
+
+def scratch_floats(p: Params, splitting: Splitting) -> int:
+    """How many floats of scratch a run takes."""
+    return int(library().scratch_of(byref(p), byref(splitting)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """tiles, those of them that are whole, works; works of each block [first query, batch, head, queries, first and end
+    key tile, slot]; what is joined [first query, batch, head, parts, first slot, stride]."""
+
+    tiles: int
+    whole: int
+    works: int
+    of_block: list[np.ndarray]
+    joins: np.ndarray
+
+
+def plan(p: Params, splitting: Splitting) -> Plan:
+    """What a run would do."""
+    sizes = (c_int64 * 3)()
+    library().plan_sizes(byref(p), byref(splitting), sizes)
+    tiles, whole, works = sizes
+    buffer = (c_int64 * (7 * (works + 1)))()
+    of_block = []
+    for block in range(splitting.blocks):
+        count = library().plan_works(byref(p), byref(splitting), block, buffer)
+        of_block.append(np.array(buffer[: 7 * count], int).reshape(-1, 7))
+    count = library().plan_joins(byref(p), byref(splitting), buffer)
+    return Plan(tiles, whole, works, of_block, np.array(buffer[: 6 * count], int).reshape(-1, 6))
 
 
 def refusal(p: Params) -> str:

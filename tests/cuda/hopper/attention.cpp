@@ -14,27 +14,48 @@ using namespace dsa_rt::cuda::hopper;
 
 namespace {
 
+// How the tail is split: not at all, as the host decides for that many blocks, or from a tile on into parts of a length.
+struct Splitting {
+  int64_t blocks, decided, whole, length;
+};
+
+Plan plan_of(const AttentionParams& p, const Splitting& s) {
+  if (s.decided) return split_plan(p, (int)s.blocks);
+  Plan plan = make_plan(p);
+  if (s.length) split_tail(plan, (int)s.whole, (int)s.length);
+  return plan;
+}
+
 struct Request {
   AttentionParams params;
-  int64_t blocks;
+  Splitting splitting;
+  float* scratch;
   uint64_t seed;
   int64_t late;  // emulated::Kind
 };
 
 thread_local std::string said;
 
-template <int D>
-std::string run(const Request& r, const Plan& plan) {
-  static_assert(shared_bytes<D> <= sizeof memory);
-  const Arguments arguments = make_arguments<D>(r.params, plan);
-  for (unsigned b = 0; b < r.blocks; ++b) {
+std::string run_blocks(const Request& r, int blocks, int threads, const std::function<void()>& kernel) {
+  for (int b = 0; b < blocks; ++b) {
     memset(memory, 0xFF, sizeof memory);  // bf16 NaN
-    emulated::Block block(block_threads, b, (unsigned)r.blocks, r.seed + b, (emulated::Kind)r.late);
+    emulated::Block block(threads, b, blocks, r.seed + b, (emulated::Kind)r.late);
     emulated::block = &block;
-    const std::string error = block.run([&] { attention_kernel<D>(arguments); });
+    const std::string error = block.run(kernel);
     if (!error.empty()) return error;
   }
   return "";
+}
+
+template <int D>
+std::string run(const Request& r, const Plan& plan) {
+  static_assert(shared_bytes<D> <= sizeof memory);
+  const Arguments p = make_arguments<D>(r.params, plan, r.scratch);
+  const int blocks = (int)std::min<int64_t>(plan.works, r.splitting.blocks);
+  const std::string error = run_blocks(r, blocks, block_threads, [&] { attention_kernel<D>(p); });
+  if (!error.empty()) return error;
+  const JoinArguments join = {plan, p.result};
+  return run_blocks(r, join_blocks<D>(plan), warpgroup, [&] { join_kernel<D>(join); });
 }
 
 }  // namespace
@@ -46,23 +67,52 @@ const char* attention_refusal(const AttentionParams* p) { return (said = hopper_
 
 const char* attention_run(const Request* r) {
   if (said = hopper_refusal(r->params); !said.empty()) return said.c_str();
-  const Plan plan = make_plan(r->params);
+  const Plan plan = plan_of(r->params, r->splitting);
   said = r->params.dim == 64 ? run<64>(*r, plan) : run<128>(*r, plan);
   return said.c_str();
 }
 
-// The tiles that `block` of `blocks` takes, in order: first query (of all), batch, head, rows. Returns how many.
-int64_t plan_tiles(const AttentionParams* p, int64_t block, int64_t blocks, int64_t* tiles) {
-  const Plan plan = make_plan(*p);
+// How many floats of scratch the plan takes.
+int64_t scratch_of(const AttentionParams* p, const Splitting* s) { return scratch_floats(plan_of(*p, *s), p->dim); }
+
+// Tiles, whole tiles and works.
+void plan_sizes(const AttentionParams* p, const Splitting* s, int64_t* sizes) {
+  const Plan plan = plan_of(*p, *s);
+  const int64_t all[3] = {plan.tiles, plan.whole, plan.works};
+  memcpy(sizes, all, sizeof all);
+}
+
+// The works that a block takes, in order: first query (of all), batch, head, queries, first and end key tile, slot.
+// Returns how many.
+int64_t plan_works(const AttentionParams* p, const Splitting* s, int64_t block, int64_t* works) {
+  const Plan plan = plan_of(*p, *s);
+  const int blocks = (int)std::min<int64_t>(plan.works, s->blocks);
   int64_t count = 0;
-  for (int64_t round = 0;; ++round) {
-    const int64_t index = tile_index(round, (int)block, (int)blocks);
-    if (index >= plan.tiles) return count;
-    const QueryTile t = query_tile(plan, (int)index);
-    const Segment& s = plan.segments[t.segment];
-    const int64_t row[4] = {s.first_query + t.first, t.batch, t.head, std::min(tile_queries, s.queries - t.first)};
-    memcpy(tiles + 4 * count++, row, sizeof row);
+  for (int64_t round = 0; block < blocks; ++round) {
+    const int64_t index = work_index(round, (int)block, blocks);
+    if (index >= plan.works) break;
+    const Work w = work_of(plan, (int)index);
+    const Segment& segment = plan.segments[w.segment];
+    const int64_t row[7] = {segment.first_query + w.tile.first, w.tile.batch, w.tile.head,
+                            std::min(tile_queries, segment.queries - w.tile.first), w.first_keys, w.end_keys, w.slot};
+    memcpy(works + 7 * count++, row, sizeof row);
   }
+  return count;
+}
+
+// The tiles that the second kernel joins: first query, batch, head, parts, first slot, stride. Returns how many.
+int64_t plan_joins(const AttentionParams* p, const Splitting* s, int64_t* joins) {
+  const Plan plan = plan_of(*p, *s);
+  const int tiles = join_blocks<64>(plan) / (64 / join_columns * consumers);
+  int64_t count = 0;
+  for (int tile = plan.whole; tile < plan.whole + tiles; ++tile) {
+    const Parts t = parts_of(plan, tile);
+    if (t.parts == 1) continue;
+    const int64_t row[6] = {plan.segments[t.segment].first_query + t.tile.first, t.tile.batch, t.tile.head, t.parts,
+                            t.slot, t.stride};
+    memcpy(joins + 6 * count++, row, sizeof row);
+  }
+  return count;
 }
 
 // The key tiles of the segment that holds a query: first row, rows. Returns how many.
