@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dsa_rt import trace
 from dsa_rt.errors import OptionError
-from dsa_rt.ops import triton
+from dsa_rt.ops import fused, triton
 
 try:
     from dsa_rt import _native as native
@@ -105,7 +105,13 @@ def _attention() -> tuple[Implementation, ...]:
     if native.build_info()["cuda"]:
         note = "CUDA kernel for compute capability 9.0, D 64 and 128"
         rows.append(Implementation("native", ("cuda",), (torch.bfloat16,), note, refuses=_not_for_hopper))
-    return (*rows, Implementation("torch", note="the framework's fused kernel"))
+    rows.append(Implementation("torch", note="the framework's fused kernel"))
+    others = [
+        Implementation(name, ("cuda",), (torch.bfloat16,), kernel.note, missing=kernel.missing, run=kernel.run,
+                       refuses=kernel.refuses)
+        for name, kernel in fused.KERNELS.items()
+    ]  # fmt: skip
+    return (*rows, *others)
 
 
 def _not_for_hopper(out: Tensor, *_: Any) -> str | None:
