@@ -271,6 +271,22 @@ def test_doctor_tells_what_a_row_decides(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "native or torch: " in shown and "A 5 to 9, dim 3: torch, measured: 1.50 times" in shown
 
 
+def test_a_device_is_described_by_its_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table for two kinds of cards, on a machine that seems to have one of them; bf16 alone."""
+    monkeypatch.setattr(backend, "MEASURED", choices.index(read(table({}, {"device": "8.0", "backend": "flash"}))))
+    monkeypatch.setattr(choices, "device_of", choices.device_of.__wrapped__)
+    first = backend.choose("active_attention", "cuda", torch.bfloat16)
+    for capability, name in (((8, 0), "flash"), ((9, 0), "cudnn"), ((12, 0), None)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda place, found=capability: found)
+        told = {row.op: row for row in backend.describe("cuda", torch.bfloat16)}["active_attention"]
+        assert told.backend == (first if name is None else f"{first} or {name}")
+        assert (f"; A 100 to 900, N 1 to 40000, dim 128: {name}, measured: 1.12 times" in told.reason) == bool(name)
+        wide = {row.op: row for row in backend.describe("cuda", torch.float32)}["active_attention"]
+        assert "measured" not in wide.reason
+
+
 def test_doctor_tells_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     found = doctor.examine()
     found["choices"] = {"ok": True, "why": None, "rows": 0, "devices": []}
