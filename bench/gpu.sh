@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds, tests, checks and measures everything on a machine with an NVIDIA card; docs/gpu.md says more.
 #
-#   bench/gpu.sh FOLDER [machine|build|test|sanitize|ops|layer|engine|suite|peers ...]
+#   bench/gpu.sh FOLDER [machine|build|test|sanitize|ops|layer|engine|suite|peers|choices ...]
 #
 # Without stages: all of them. Each stage's log, exit status and results go to FOLDER, and everything together to
 # FOLDER.tar.gz. A stage that fails does not stop the others; the exit status is 1 where one failed, 2 for bad input.
@@ -9,7 +9,7 @@
 # is no git checkout.
 set -uo pipefail
 
-stages=(machine build test sanitize ops layer engine suite peers)
+stages=(machine build test sanitize ops layer engine suite peers choices)
 usage() { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 
 [ $# -ge 1 ] && [[ $1 != -* ]] || usage
@@ -90,7 +90,8 @@ sanitize() {
   return $failed
 }
 
-ops() { timeout -k 10 1500 "$python" -m bench.gpu.ops --out "$out" --commit "$commit"; }
+# The cache of a whole clip, and of one chunk of three latent frames.
+ops() { timeout -k 10 1500 "$python" -m bench.gpu.ops --cached 32760 4680 --out "$out" --commit "$commit"; }
 layer() { timeout -k 10 600 "$python" -m bench.gpu.layer --out "$out" --commit "$commit" --active 1408 4680 8190; }
 engine() { timeout -k 10 300 "$python" -m bench.engine --device cuda --dtype bf16 --out "$out" --quiet; }
 suite() { timeout -k 10 1500 "$python" -m dsa_rt.cli bench --device cuda --out "$out"; }
@@ -98,6 +99,8 @@ peers() {
   timeout -k 10 1500 "$python" -m bench.peers --device cuda --dtype bf16 --size wan2.1-t2v-1.3b --height 480 \
     --width 832 --frames 81 --rounds 5 --out "$out" --quiet
 }
+# The table that the times of stage ops make; the one of the tree stays as it is.
+choices() { "$python" -m bench.choices "$out/gpu-ops.json" --out "$out/choices.json"; }
 
 failed=0
 : > "$out/summary.txt"
@@ -113,8 +116,9 @@ for name in "${stages[@]}"; do
   if [ $status -eq 0 ]; then verdict=passed; else verdict="FAILED with $status"; failed=1; tail -25 "$out/$name.log"; fi
   say "$(printf '%-9s %s, %d s' "$name" "$verdict" $((SECONDS - begun)))"
 done
-for table in ops layer suite peers; do
-  [ -f "$out/$table.log" ] && { echo; grep -E '^\||^copy |^WRONG|^MISSED|^not measured|^(- )?not run' "$out/$table.log"; }
+said='^\||^copy |^WRONG|^MISSED|^not measured|^(- )?not run|^[+-] [a-z_]+ on |^left out|^nothing changes'
+for table in ops layer suite peers choices; do
+  [ -f "$out/$table.log" ] && { echo; grep -E "$said" "$out/$table.log"; }
 done
 echo
 cat "$out/summary.txt"

@@ -10,6 +10,7 @@ import sys
 from importlib import metadata
 from typing import Any
 
+from dsa_rt.errors import OptionError
 from dsa_rt.machine import machine, versions
 
 OPTIONAL = {
@@ -39,7 +40,8 @@ FLAGS = (
 
 
 def examine() -> dict[str, Any]:
-    """All findings, JSON-ready: versions, machine, torch, cuda, native, packages, backends, bundles."""
+    """All findings, JSON-ready: versions, machine, torch, cuda, native, packages, backends, choices,
+    bundles."""
     import torch
 
     return {
@@ -55,6 +57,7 @@ def examine() -> dict[str, Any]:
         "native": _native(),
         "packages": {name: {"version": _version(name), "for": purpose} for name, purpose in OPTIONAL.items()},
         "backends": _backends(),
+        "choices": _choices(),
         "bundles": {name: _bundle(name) for name in ("demo", "demo-many-step")},
     }
 
@@ -117,6 +120,11 @@ def report(found: dict[str, Any]) -> str:
     for places, ops in served.values():
         rows = [(name, f"{op['backend']}: {op['why']}") for name, op in ops.items()]
         section(f"backends on {' and '.join(places)}", rows)
+    measured = found["choices"]
+    state = measured["why"] or "empty: nothing was measured on a GPU yet, the order of backends is that of the code"
+    if measured["rows"]:
+        state = f"{measured['rows']} rows for compute capability {', '.join(measured['devices'])}"
+    section("measurements", [("choices.json", state)])
     section(
         "bundles",
         [(name, "found, checked" if part["ok"] else part["why"]) for name, part in found["bundles"].items()],
@@ -172,7 +180,7 @@ def _backends() -> dict[str, dict[str, dict[str, str]]]:
 
     try:
         from dsa_rt.ops import backend
-    except ImportError:  # the native module says why, in its own section
+    except (ImportError, OptionError):  # the native module and the table say why, in their own sections
         return {}
     places = [("cpu", torch.float32), ("cpu", torch.bfloat16)]
     if torch.cuda.is_available():
@@ -184,6 +192,18 @@ def _backends() -> dict[str, dict[str, dict[str, str]]]:
         }
         for device, dtype in places
     }
+
+
+def _choices() -> dict[str, Any]:
+    """The table of measured choices: how many rows, for which devices."""
+    try:
+        from dsa_rt.ops import backend
+    except ImportError:
+        return {"ok": False, "why": "not read: the native module does not load", "rows": 0, "devices": []}
+    except OptionError as error:
+        return {"ok": False, "why": str(error), "rows": 0, "devices": []}
+    rows = [row for places in backend.MEASURED.values() for several in places.values() for row in several]
+    return {"ok": True, "why": None, "rows": len(rows), "devices": sorted({row.device for row in rows})}
 
 
 def _bundle(name: str) -> dict[str, Any]:

@@ -91,7 +91,8 @@ class Stats:
     text_ms, total_ms, time_to_first_frame_ms: wall clock from the start of the call (text: its own duration).
     peak_memory_bytes: measured, see :func:`peak_memory`.  planned_memory_bytes: what the plan promised.
     frames_sha256: SHA-256 over the raw uint8 [T, H, W, 3] bytes.
-    backends: op → what served it.  versions, machine: where it ran.  notes: what is included and what is not.
+    backends: op → what served it, "native or cudnn" where that goes by shape.
+    versions, machine: where it ran.  notes: what is included and what is not.
     """
 
     chunks: tuple[ChunkStats, ...]

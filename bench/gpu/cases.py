@@ -17,6 +17,8 @@ from dsa_rt.ops import attention, norm, pool, rope, rows, step
 from dsa_rt.ops.backend import native
 from dsa_rt.reference import layers as reference
 
+QUERIES = 256  # that the definition of attention takes at a time
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -49,11 +51,18 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Op:
-    """nbytes: each operand read or written once; operations: of matrix products. make: a fresh set of tensors."""
+    """nbytes: each operand read or written once; operations: of matrix products. make: a fresh set of tensors. dim: the
+    last dimension of what :mod:`dsa_rt.ops.choices` goes by; wide: that is fp32, whatever the rows of the model are."""
 
     make: Callable[[Sizes, torch.device], Inputs]
     nbytes: Callable[[Sizes], int]
     operations: Callable[[Sizes], int] = lambda sizes: 0
+    dim: Callable[[Sizes], int] = lambda sizes: sizes.width
+    wide: bool = False
+
+    def dtype(self, sizes: Sizes) -> str:
+        """Of the rows, as torch names it."""
+        return str(torch.float32 if self.wide else sizes.dtype).removeprefix("torch.")
 
 
 class Random:
@@ -156,9 +165,8 @@ def active_attention(s: Sizes, device: torch.device) -> Inputs:
     k, v = (r.rows(s.batch, s.cached, s.heads, s.dim) for _ in range(2))
     out = torch.empty_like(q)
 
-    def by_the_framework() -> tuple[Tensor]:
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        return (torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2),)
+    def by_parts() -> tuple[Tensor]:  # so that few of the definition's scores are there at a time
+        return (torch.cat([reference.active_attention(some, k, v) for some in q.split(QUERIES, 1)], 1),)
 
     others = attention_rivals(q, k, v)
     if q.is_cuda and native.active_attention_scratch(out, None, q, k, v):
@@ -167,7 +175,7 @@ def active_attention(s: Sizes, device: torch.device) -> Inputs:
             out, None, q, k, v, stream=torch.cuda.current_stream().cuda_stream
         )
     return Inputs(
-        lambda name: attention.active_attention(out, q, k, v, backend=name), (out,), others, by_the_framework
+        lambda name: attention.active_attention(out, q, k, v, backend=name), (out,), others, by_parts
     )
 
 
@@ -259,7 +267,8 @@ OPS: dict[str, Op] = {
     "residual_norm_modulate": Op(residual_norm_modulate, lambda s: _of_rows(4)(s) + _tables(3)(s)),
     "rms_norm": Op(rms_norm, lambda s: _of_rows(2)(s) + s.dtype.itemsize * s.width),
     "qk_norm_rope_store": Op(
-        qk_norm_rope_store, lambda s: _of_rows(6)(s) + 8 * s.active + 4 * (s.active * s.dim + 2 * s.width)
+        qk_norm_rope_store, lambda s: _of_rows(6)(s) + 8 * s.active + 4 * (s.active * s.dim + 2 * s.width),
+        dim=lambda s: s.dim,
     ),
     "gather_rows": Op(gather_rows, lambda s: _of_rows(2)(s) + 8 * s.active),
     "scatter_rows": Op(scatter_rows, lambda s: _of_rows(2)(s) + 8 * s.active),
@@ -268,13 +277,17 @@ OPS: dict[str, Op] = {
         active_attention,
         lambda s: _of_rows(2)(s) + 2 * s.batch * s.cached * s.width * s.dtype.itemsize,
         lambda s: 4 * s.batch * s.active * s.cached * s.width,
+        dim=lambda s: s.dim,
     ),
-    "philox_normal": Op(philox_normal, lambda s: s.batch * s.active * (8 + 4 * s.latent)),
-    "renoise": Op(renoise, lambda s: s.batch * s.active * (8 + 16 * s.latent)),
+    "philox_normal": Op(
+        philox_normal, lambda s: s.batch * s.active * (8 + 4 * s.latent), dim=lambda s: s.latent, wide=True
+    ),
+    "renoise": Op(renoise, lambda s: s.batch * s.active * (8 + 16 * s.latent), dim=lambda s: s.latent, wide=True),
     "cached_step": Op(
         # x read and written, the cache read once; fresh rows: read, and written into the cache
         cached_step,
         lambda s: 4 * s.batch * s.latent * (3 * s.cached + 2 * s.active) + 12 * s.active,
+        dim=lambda s: s.latent, wide=True,
     ),
-    "exit_decision": Op(exit_decision, lambda s: 13 * s.batch),
+    "exit_decision": Op(exit_decision, lambda s: 13 * s.batch, wide=True),
 }  # fmt: skip

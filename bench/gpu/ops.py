@@ -22,8 +22,9 @@ from bench import common
 from bench.gpu import cases, timing
 from bench.gpu.cases import OPS, Inputs, Sizes
 from dsa_rt.errors import OptionError
+from dsa_rt.ops import choices
+from dsa_rt.ops.backend import IMPLEMENTATIONS
 
-BACKENDS = ("native", "triton", "torch")
 ACTIVE = {"wan": (1408, 4680, 5632, 8190, 32760), "tiny": (5, 13)}
 FEW_QUERIES = (1, 400, 1170, 1409)  # of attention, whose tiles fill few multiprocessors, or a second wave hardly
 SIZES = {"wan": Sizes(0), "tiny": Sizes(0, cached=21, heads=2, dim=16, latent=12, frames=3)}
@@ -37,6 +38,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--device", default="cuda")
     made.add_argument("--sizes", choices=SIZES, default="wan")
     made.add_argument("--active", type=common.positive, nargs="*", help="active tokens, instead of the usual ones")
+    made.add_argument("--cached", type=common.positive, nargs="*", help="rows of the cache, instead of the usual ones")
     made.add_argument("--ops", nargs="*", choices=OPS, default=list(OPS))
     made.add_argument("--commit", help="what to write down as the commit, where this is no git checkout")
     return made.parse_args(arguments)
@@ -69,10 +71,10 @@ def check(op: str, sizes: Sizes, device: torch.device, backends: Sequence[str]) 
     return ""
 
 
-def served_by(op: str, sizes: Sizes, device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """The backends that take such a call, and why others do not."""
-    inputs, able, refused = OPS[op].make(sizes, device), [], {}
-    for name in BACKENDS:
+def served_by(op: str, sizes: Sizes, device: torch.device) -> tuple[list[str], dict[str, str], dict[str, str]]:
+    """The backends that take such a call, why others do not, and what happened to those that took it and failed."""
+    inputs, able, refused, failed = OPS[op].make(sizes, device), [], {}, {}
+    for name in dict.fromkeys(implementation.backend for implementation in IMPLEMENTATIONS[op]):
         if name == "torch" and inputs.expected is not None:
             scores = 4 * sizes.batch * sizes.heads * sizes.active * sizes.cached
             if scores > MOST_SCORES:
@@ -82,18 +84,23 @@ def served_by(op: str, sizes: Sizes, device: torch.device) -> tuple[list[str], d
             inputs.call(name)
         except OptionError as error:
             refused[name] = str(error)
+        except RuntimeError as error:
+            failed[name] = f"{type(error).__name__}: {error}"
+            if device.type == "cuda":
+                torch.cuda.synchronize()  # raises where nothing can run any more
         else:
             able.append(name)
-    return able, refused
+    return able, refused, failed
 
 
 def measure_op(op: str, sizes: Sizes, device: torch.device, best: dict[str, float]) -> dict[str, Any]:
     """The row of an op and a size."""
     nbytes, operations = OPS[op].nbytes(sizes), OPS[op].operations(sizes)
-    able, refused = served_by(op, sizes, device)
+    able, refused, failed = served_by(op, sizes, device)
     row: dict[str, Any] = {
-        "op": op, "active": sizes.active, "bytes": nbytes, "operations": operations, "refused": refused,
-        "differs": check(op, sizes, device, able), "ways": {}, "failed": {},
+        "op": op, "active": sizes.active, "cached": sizes.cached, "dim": OPS[op].dim(sizes),
+        "dtype": OPS[op].dtype(sizes), "bytes": nbytes, "operations": operations, "backends": able, "refused": refused,
+        "differs": check(op, sizes, device, able), "ways": {}, "failed": failed,
     }  # fmt: skip
     sets = [OPS[op].make(sizes, device) for _ in range(timing.sets_for(nbytes, device))]
     ways: dict[str, list[Callable[[], object]]] = {
@@ -127,6 +134,11 @@ def _rates(nbytes: int, operations: int, microseconds: float, best: dict[str, fl
     return found
 
 
+def label(row: dict[str, Any]) -> str:
+    """What was called: the op and its sizes."""
+    return f"{row['op']}, A {row['active']}" + (f", N {row['cached']}" if "cached" in choices.SIZES[row["op"]] else "")
+
+
 def lines(rows: Sequence[dict[str, Any]]) -> str:
     """The table that is printed."""
     of_ways = []
@@ -134,12 +146,12 @@ def lines(rows: Sequence[dict[str, Any]]) -> str:
         for name, way in row["ways"].items():
             cold, figure = way["cold"], common.figure
             of_ways.append([
-                f"{row['op']}, A {row['active']}, {name}", figure(cold["median"]), figure(cold["p20"]),
+                f"{label(row)}, {name}", figure(cold["median"]), figure(cold["p20"]),
                 figure(cold["p80"]), figure(way["warm"]["median"]), figure(way["gb_s"], 0),
                 figure(way["share_of_copy"], 0, scale=100), figure(way.get("tflop_s"), 0),
                 figure(way.get("share_of_matmul"), 0, scale=100), figure(way["times_native"], 2), cold["timed"],
             ])  # fmt: skip
-    header = ["op, active, way", "µs", "p20", "p80", "warm µs", "GB/s", "% of copy", "TFLOP/s", "% of matmul",
+    header = ["op, sizes, way", "µs", "p20", "p80", "warm µs", "GB/s", "% of copy", "TFLOP/s", "% of matmul",
               "time / native", "timed by"]  # fmt: skip
     return common.table(header, of_ways)
 
@@ -159,20 +171,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"copy {best['copy_gb_s']:.0f} GB/s, bf16 product {best['matmul_tflop_s']:.0f} TFLOP/s")
         active = options.active or ACTIVE[options.sizes]
         few = FEW_QUERIES if active is ACTIVE["wan"] else ()
-        calls = [(op, n) for op in options.ops for n in ((*few, *active) if op == "active_attention" else active)]
-        for op, count in tqdm(calls, disable=None):
+        cached = options.cached or [usual.cached]
+        calls = [
+            (op, count, total)
+            for op in options.ops
+            for count in ((*few, *active) if op == "active_attention" else active)
+            for total in cached
+        ]
+        for op, count, total in tqdm(calls, disable=None):
+            if count > total:
+                continue
             if op == "exit_decision" and count != active[0]:
                 continue  # one logit, whatever the active set
-            rows.append(measure_op(op, replace(usual, active=count), device, best))
+            if "cached" not in choices.SIZES[op] and total != cached[0]:
+                continue
+            rows.append(measure_op(op, replace(usual, active=count, cached=total), device, best))
             cases.compiled.cache_clear()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     print(lines(rows))
-    wrong = [f"{row['op']}, A {row['active']}: {row['differs']}" for row in rows if row["differs"]]
-    wrong += [f"{row['op']}, A {row['active']}, {n}: {e}" for row in rows for n, e in row["failed"].items()]
+    wrong = [f"{label(row)}: {row['differs']}" for row in rows if row["differs"]]
+    wrong += [f"{label(row)}, {n}: {e}" for row in rows for n, e in row["failed"].items()]
     for row in rows:
         for name, why in row["refused"].items():
-            print(f"not measured: {row['op']}, A {row['active']}, {name}: {why}")
+            print(f"not measured: {label(row)}, {name}: {why}")
     for line in wrong:
         print(f"WRONG: {line}")
     result |= {"best": best, "card_after": timing.card(), "rows": rows}

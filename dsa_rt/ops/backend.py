@@ -1,4 +1,7 @@
-"""Which backend serves an op: decided here, by device, dtype and what is installed, and nowhere else.
+"""Which backend serves an op: decided here, by device, dtype, shape and what is installed, and nowhere else.
+
+What can serve a call is code, and so is their order, up to what :data:`MOVABLE` leaves to the table of measurements in
+:mod:`dsa_rt.ops.choices`.
 
 ``native`` is the compiled module ``dsa_rt._native``; ``torch`` is the framework, running the definition of
 the op in :mod:`dsa_rt.reference`; any other name is a backend that brings its own functions. A caller may ask for one
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from dsa_rt import trace
 from dsa_rt.errors import OptionError
-from dsa_rt.ops import triton
+from dsa_rt.ops import choices, fused, triton
 
 try:
     from dsa_rt import _native as native
@@ -106,7 +109,13 @@ def _attention() -> tuple[Implementation, ...]:
     if native.build_info()["cuda"]:
         note = "CUDA kernel for compute capability 9.0, D 64 and 128"
         rows.append(Implementation("native", ("cuda",), (torch.bfloat16,), note, refuses=_not_for_hopper))
-    return (*rows, Implementation("torch", note="the framework's fused kernel"))
+    rows.append(Implementation("torch", note="the framework's fused kernel"))
+    others = [
+        Implementation(name, ("cuda",), (torch.bfloat16,), kernel.note, missing=kernel.missing, run=kernel.run,
+                       refuses=kernel.refuses)
+        for name, kernel in fused.KERNELS.items()
+    ]  # fmt: skip
+    return (*rows, *others)
 
 
 def _not_for_hopper(out: Tensor, *_: Any) -> str | None:
@@ -153,7 +162,7 @@ _BEFORE_TRITON = {
     "confidence_pool": _FLOAT_ROWS,
     "linear": (_cpu_products(), _DEFINITION),
 }
-# Best first. Triton comes last, so that it serves where it is asked for, until it has been measured on a GPU.
+# Best first. What follows torch serves where it is asked for, or where a measurement puts it first.
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     op: (*rows, _triton(op)) if op in triton.FAMILIES else rows for op, rows in _BEFORE_TRITON.items()
 } | {
@@ -163,10 +172,20 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
         refuses=_not_in_e4m3,
     ),
 }
+# What the table of measurements may put first. Nothing on a CPU: native linear and attention keep serving there even
+# where the framework is a few percent faster, since the bits of their rows do not depend on how many rows there are,
+# and recorded passes hold native ops alone.
+MOVABLE: dict[tuple[str, str], tuple[str, ...]] = {
+    (op, "cuda"): ("native", "triton") for op in choices.SIZES
+} | {("active_attention", "cuda"): ("native", *fused.KERNELS, "triton")}
+MEASURED = choices.index(choices.read(choices.PATH, MOVABLE))
+_DECIDED: dict[tuple[object, ...], list[Implementation]] = {}  # op, device, dtype, shapes -> what can serve, best first
+_MOST_DECIDED = 4096  # active sets of ever new sizes must not fill the memory
 
 
 def choose(op: str, device: str, dtype: torch.dtype, backend: str | None = None) -> str:
-    """The backend that runs ``op`` for tensors of that device type and dtype; the first one, if several could.
+    """The backend that runs ``op`` for tensors of that device type and dtype; the first one, if several could, up to
+    calls that a row of the table of measurements covers.
 
     With ``backend`` that one, or :class:`OptionError` with the reason why it cannot.
     """
@@ -193,8 +212,34 @@ def _candidates(op: str, device: str, dtype: torch.dtype, backend: str | None) -
     raise OptionError(f"{op}: backend {backend!r} was asked for, but {nearest.refusal(device, dtype)}")
 
 
+def _by_measurement(op: str, decides: Tensor, call: tuple[Any, ...]) -> list[Implementation]:
+    """:func:`_candidates`, with the one first that the row for this call names, where there is such a row and that one
+    is among them. Remembered by shapes."""
+    if torch.compiler.is_compiling():
+        return _measured_first(op, decides, call)
+    key = (op, decides.device, decides.dtype, *choices.shapes(op, call))
+    found = _DECIDED.get(key)
+    if found is None:
+        if len(_DECIDED) >= _MOST_DECIDED:
+            _DECIDED.clear()
+        found = _DECIDED[key] = _measured_first(op, decides, call)
+    return found
+
+
+def _measured_first(op: str, decides: Tensor, call: tuple[Any, ...]) -> list[Implementation]:
+    able = _candidates(op, decides.device.type, decides.dtype, None)
+    row = choices.find(MEASURED, op, decides, call)
+    return able if row is None else sorted(able, key=lambda i: i.backend != row.backend)
+
+
+def has_kernel(op: str, place: torch.device, dtype: torch.dtype) -> bool:
+    """Whether anything but the framework may serve such tensors, for some shape, unless asked for."""
+    return choose(op, place.type, dtype) != "torch" or bool(choices.of(MEASURED, op, place, dtype))
+
+
 def describe(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Choice]:
-    """What serves each op on a device, and why, for ``dsa-rt doctor``."""
+    """What serves each op on a device, and why, for ``dsa-rt doctor``. Where the table of measurements puts another
+    backend first for some shapes, both are named: "native or cudnn"."""
     rows = []
     for op, implementations in IMPLEMENTATIONS.items():
         passed: dict[str, str] = {}
@@ -205,10 +250,28 @@ def describe(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Ch
                 if device == "cuda" and "cpu" in implementation.devices:
                     reason = f"CUDA kernels for {native.build_info()['cuda']}"
                 passed.pop(implementation.backend, None)  # the same one for other devices
-                rows.append(Choice(op, device, implementation.backend, "; ".join([*passed.values(), reason])))
+                found = Choice(op, device, implementation.backend, "; ".join([*passed.values(), reason]))
+                rows.append(_with_measured(found, dtype))
                 break
             passed[implementation.backend] = why_not
     return rows
+
+
+def _with_measured(found: Choice, dtype: torch.dtype) -> Choice:
+    """With what rows of the table of measurements change, and why."""
+    if found.device not in MEASURED or (found.device == "cuda" and not torch.cuda.is_available()):
+        return found
+    place = torch.device(found.device)
+    if place.type == "cuda":
+        place = torch.device("cuda", torch.cuda.current_device())
+    backends, reasons = [found.backend], [found.reason]
+    for row in choices.of(MEASURED, found.op, place, dtype):
+        named = [i.passed_over(found.device, dtype) for i in IMPLEMENTATIONS[found.op] if i.backend == row.backend]
+        where, why_not = row.where(), "" if None in named else f", but {named[0]}"
+        reasons.append(f"{where + ': ' if where else ''}{row.backend}, {row.why()}{why_not}")
+        if not why_not:
+            backends = [*backends, row.backend] if where else [row.backend]
+    return Choice(found.op, found.device, " or ".join(dict.fromkeys(backends)), "; ".join(reasons))
 
 
 def register(schema: str, scratch: Callable[..., int] | None = None) -> None:
@@ -270,7 +333,10 @@ def served(
     if not uniform:
         getattr(native, f"check_{op}")(*call)
         return False
-    candidates = _candidates(op, decides.device.type, decides.dtype, backend)
+    if backend is None and decides.device.type in MEASURED:
+        candidates = _by_measurement(op, decides, call)
+    else:
+        candidates = _candidates(op, decides.device.type, decides.dtype, backend)
     for chosen in candidates:
         why_not = None if chosen.refuses is None else chosen.refuses(*call)
         if why_not is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dsa_rt.ops import attention, norm, pool, rope
 from dsa_rt.ops import linear as matmul
-from dsa_rt.ops.backend import choose
+from dsa_rt.ops.backend import choose, has_kernel
 from dsa_rt.reference import layers as reference
 
 __all__ = [
@@ -45,7 +45,7 @@ def _has_kernel(op: str, *alike: Tensor, others: tuple[Tensor | None, ...] = ())
     first = alike[0]
     if wants_gradient(*alike, *others) or any(t.dtype != first.dtype or t.device != first.device for t in alike):
         return False
-    return choose(op, first.device.type, first.dtype) != "torch"
+    return has_kernel(op, first.device, first.dtype)
 
 
 def norm_modulate(

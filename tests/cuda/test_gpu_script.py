@@ -83,9 +83,9 @@ def test_sanitizer_that_finds_something_or_nothing(tools: Tools, body: str, says
 
 def test_clean_run_and_what_is_sent_back(tools: Tools) -> None:
     tools.add("compute-sanitizer", f'"${{@: -3}}"; {CLEAN}')
-    done = tools.run("sanitize", "ops", "layer")
+    done = tools.run("sanitize", "ops", "layer", "choices")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert tools.summary().count("passed") == 3 and "commit abc" in tools.summary()
+    assert tools.summary().count("passed") == 4 and "commit abc" in tools.summary()
     with tarfile.open(f"{tools.out}.tar.gz") as archive:
         names = archive.getnames()
     assert {"out/summary.txt", "out/sanitize-racecheck.log", "out/ops.log"} <= set(names)
@@ -116,7 +116,7 @@ def test_an_op_that_is_never_served_fails() -> None:
 
 def test_ops(tmp_path: Path) -> None:
     done = run("bench.gpu.ops", "--device", "cpu", "--sizes", "tiny", "--out", str(tmp_path), "--active", "5",
-               "--commit", "abc")  # fmt: skip
+               "--cached", "21", "13", "4", "--commit", "abc")  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "gpu-ops.json").read_text())
     assert result["commit"] == "abc" and result["best"]["copy_gb_s"] > 0
@@ -125,8 +125,17 @@ def test_ops(tmp_path: Path) -> None:
         assert {"native", "torch"} <= set(row["ways"])
         for way in row["ways"].values():
             assert 0 < way["cold"]["p20"] <= way["cold"]["median"] <= way["cold"]["p80"]
-    (attention,) = (row for row in result["rows"] if row["op"] == "active_attention")
+    attention, shorter = (row for row in result["rows"] if row["op"] == "active_attention")
     assert "sdpa" in attention["ways"] and attention["operations"] == 4 * 5 * 21 * 32
+    assert (attention["cached"], shorter["cached"], attention["dim"], attention["dtype"]) == (21, 13, 16, "bfloat16")
+    assert {"cudnn", "flash", "flash3", "triton"} == set(attention["refused"])
+    assert attention["backends"] == ["native", "torch"]
+    assert [row["op"] for row in result["rows"]].count("rms_norm") == 1  # no cache, whatever its length
+    table = tmp_path / "choices.json"
+    done = run("bench.choices", str(tmp_path / "gpu-ops.json"), "--out", str(table))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "left out: active_attention, A 5, N 13 on cpu: its order is fixed" in done.stdout
+    assert table.read_text() == (ROOT / "dsa_rt" / "ops" / "choices.json").read_text()
 
 
 def test_a_wrong_result_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
