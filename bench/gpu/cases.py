@@ -148,6 +148,15 @@ def scatter_rows(s: Sizes, device: torch.device) -> Inputs:
     return Inputs(lambda name: rows.scatter_rows(x, chosen, source, backend=name), (x,))
 
 
+def quantize_rows(s: Sizes, device: torch.device) -> Inputs:
+    source = Random(s, device).rows(s.batch, s.active, s.heads, s.dim)
+    out, scale = torch.empty_like(source, dtype=torch.float8_e4m3fn), torch.empty(source.shape[:3], device=device)
+    return Inputs(
+        lambda name: rows.quantize_rows(out, scale, source, backend=name), (out, scale),
+        {"compiled": lambda: compiled("quantize_rows")(source)},
+    )  # fmt: skip
+
+
 def confidence_pool(s: Sizes, device: torch.device) -> Inputs:
     r = Random(s, device)
     keys, tokens = (r.rows(s.batch, s.active, s.width) for _ in range(2))
@@ -177,6 +186,24 @@ def active_attention(s: Sizes, device: torch.device) -> Inputs:
     return Inputs(
         lambda name: attention.active_attention(out, q, k, v, backend=name), (out,), others, by_parts
     )
+
+
+def active_attention_fp8(s: Sizes, device: torch.device) -> Inputs:
+    r = Random(s, device)
+    q = r.rows(s.batch, s.active, s.heads, s.dim)
+    kept = [reference.quantize_rows(r.rows(s.batch, s.cached, s.heads, s.dim)) for _ in range(2)]
+    (k, k_scale), (v, v_scale) = kept
+    out = torch.empty_like(q)
+
+    def dequantised_first() -> tuple[Tensor]:
+        plain = [values.to(s.dtype) * scale.to(s.dtype)[..., None] for values, scale in kept]
+        heads_first = (x.transpose(1, 2) for x in (q, *plain))
+        return (torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2),)
+
+    return Inputs(
+        lambda name: attention.active_attention_fp8(out, q, k, v, k_scale, v_scale, backend=name), (out,),
+        {"dequantised, sdpa": dequantised_first}, dequantised_first,
+    )  # fmt: skip
 
 
 def attention_rivals(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], object]]:
@@ -272,10 +299,19 @@ OPS: dict[str, Op] = {
     ),
     "gather_rows": Op(gather_rows, lambda s: _of_rows(2)(s) + 8 * s.active),
     "scatter_rows": Op(scatter_rows, lambda s: _of_rows(2)(s) + 8 * s.active),
+    "quantize_rows": Op(
+        quantize_rows, lambda s: s.batch * s.active * (s.width * (s.dtype.itemsize + 1) + 4 * s.heads)
+    ),
     "confidence_pool": Op(confidence_pool, lambda s: _of_rows(2)(s) + 4 * s.batch * s.heads * s.width),
     "active_attention": Op(
         active_attention,
         lambda s: _of_rows(2)(s) + 2 * s.batch * s.cached * s.width * s.dtype.itemsize,
+        lambda s: 4 * s.batch * s.active * s.cached * s.width,
+        dim=lambda s: s.dim,
+    ),
+    "active_attention_fp8": Op(
+        active_attention_fp8,
+        lambda s: _of_rows(2)(s) + 2 * s.batch * s.cached * (s.width + 4 * s.heads),
         lambda s: 4 * s.batch * s.active * s.cached * s.width,
         dim=lambda s: s.dim,
     ),

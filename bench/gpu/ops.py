@@ -136,7 +136,12 @@ def _rates(nbytes: int, operations: int, microseconds: float, best: dict[str, fl
 
 def label(row: dict[str, Any]) -> str:
     """What was called: the op and its sizes."""
-    return f"{row['op']}, A {row['active']}" + (f", N {row['cached']}" if "cached" in choices.SIZES[row["op"]] else "")
+    return f"{row['op']}, A {row['active']}" + (f", N {row['cached']}" if has_cache(row["op"]) else "")
+
+
+def has_cache(op: str) -> bool:
+    """Whether the number of cached rows changes the call."""
+    return "cached" in choices.SIZES.get(op, {"cached": None})  # those that no table orders all have one
 
 
 def lines(rows: Sequence[dict[str, Any]]) -> str:
@@ -183,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             if op == "exit_decision" and count != active[0]:
                 continue  # one logit, whatever the active set
-            if "cached" not in choices.SIZES[op] and total != cached[0]:
+            if not has_cache(op) and total != cached[0]:
                 continue
             rows.append(measure_op(op, replace(usual, active=count, cached=total), device, best))
             cases.compiled.cache_clear()

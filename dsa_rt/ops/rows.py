@@ -49,5 +49,5 @@ def quantize_rows(
         return
     values, of_rows = reference.quantize_rows(rows)
     places = torch.arange(rows.shape[1], device=rows.device) if slots is None else slots
-    out[:, places] = values  # not index_copy_, which has no kernel for FP8 on the CPU
-    scale[:, places] = of_rows
+    out.view(torch.uint8).index_copy_(1, places, values.view(torch.uint8))  # it has no kernel for FP8
+    scale.index_copy_(1, places, of_rows)

@@ -85,16 +85,17 @@ def test_against_a_list_of_all_numbers(
     assert torch.equal(in_order[0], want) and same_bits(in_order[1], want_scale)
 
 
-def test_every_number_and_every_tie(path: str) -> None:
-    """A row whose largest element is 448 has the scale 1: its elements are numbers of E4M3, halves between two of them,
-    and the fp32 numbers beside those halves."""
+@pytest.mark.parametrize("factor", [1.0, 255 / 128, 61 * 2.0**40, 1989 * 2.0**-60])
+def test_every_number_and_every_tie(path: str, factor: float) -> None:
+    """A row whose largest element is 448 times a factor has that as its scale: its elements are numbers of E4M3, halves
+    between two of them, and the fp32 numbers beside those halves. A product with 1 / scale would miss the halves."""
     halves = ((SIZES[1:] + SIZES[:-1]) / 2).astype(np.float32)
     sides = [np.nextafter(halves, np.float32(side)) for side in (0, np.inf)]
     wanted = np.concatenate([SIZES.astype(np.float32), halves, *sides])
-    values = np.concatenate([wanted, -wanted])
+    values = np.concatenate([wanted, -wanted]) * np.float32(factor)
     got, scale = run(path, torch.from_numpy(values)[None, None, None])
-    assert scale.item() == 1
-    assert np.array_equal(got.numpy().ravel(), nearest(values))
+    assert scale.item() == factor
+    assert np.array_equal(got.numpy().ravel(), nearest(values / np.float32(factor)))
     ups = got.numpy().ravel()[127 : 127 + 126]
     assert np.array_equal(ups, np.arange(126) + np.arange(126) % 2)  # ties go to the even code
 
