@@ -2,7 +2,8 @@
 
 Arguments are torch tensors on one device. ``instruction_set`` (CPU) is for tests: "" takes the best that runs
 here. ``stream`` (CUDA) is the stream's address. Each check_… does the checks of its op alone, for tensors of
-any device.
+any device. Each direct_… takes the arguments of its op by position, then the number of threads and whether gradients
+are enabled: it runs the op on CPU tensors and returns True, or False where one is of a subclass or wants a gradient.
 """
 
 from collections.abc import Callable
