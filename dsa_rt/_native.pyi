@@ -20,6 +20,7 @@ class BuildInfo(TypedDict):
     compiler: str
     instruction_sets: list[str]
     amx_bf16: bool
+    last_cache: int
     threads: str
     cuda: str
 
