@@ -37,6 +37,21 @@ InstructionSet choose_instruction_set(const std::string& name) {
   throw OptionError("instruction set '" + name + "' does not run here, expected one of " + known);
 }
 
+int64_t last_cache() {
+  static const int64_t found = [] {
+    int64_t bytes = 32 << 20;  // where the processor does not say; sysconf adds up caches that no core has to itself
+#if defined(DSA_RT_X86)
+    for (const unsigned leaf : {0x8000001Du, 4u}) {  // AMD's and Intel's, of one layout
+      unsigned a = 0, b = 0, c = 0, d = 0;
+      for (unsigned i = 0; i < 8 && __get_cpuid_count(leaf, i, &a, &b, &c, &d) && (a & 31); ++i)
+        if ((a >> 5 & 7) == 3) return int64_t{(b >> 22) + 1} * ((b >> 12 & 1023) + 1) * ((b & 4095) + 1) * (int64_t{c} + 1);
+    }
+#endif
+    return bytes;
+  }();
+  return found;
+}
+
 bool has_amx_bf16() {
 #if defined(DSA_RT_X86)
   unsigned a = 0, b = 0, c = 0, d = 0;

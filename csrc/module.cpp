@@ -19,6 +19,7 @@ py::dict build_info() {
   info["compiler"] = DSA_RT_COMPILER;
   info["instruction_sets"] = sets;
   info["amx_bf16"] = dsa_rt::has_amx_bf16();
+  info["last_cache"] = dsa_rt::last_cache();
   info["threads"] = dsa_rt::parallel_backend();
   info["cuda"] = DSA_RT_CUDA_ARCHITECTURES;
   return info;
@@ -32,7 +33,7 @@ PYBIND11_MODULE(_native, m) {
   dsa_rt::register_errors(m);
   m.def("build_info", build_info,
         "compiler; instruction_sets that run here, best first; amx_bf16: whether the processor has that matrix unit, "
-        "which no kernel here uses; threads: 'openmp' (PyTorch's own team) or 'threads'; cuda: architectures compiled "
+        "which no kernel here uses; last_cache: bytes; threads: 'openmp' (PyTorch's own team) or 'threads'; cuda: architectures compiled "
         "for, '' without CUDA.");
   dsa_rt::bind_step(m);
   dsa_rt::bind_attention(m);

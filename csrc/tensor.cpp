@@ -1,56 +1,16 @@
 #include "tensor.h"
 
 #include <algorithm>
-#include <cctype>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 #include <sstream>
 
+#include "overlap.h"
 #include "scratch.h"
 
 namespace dsa_rt {
 namespace {
-
-// Python objects the checks compare with; made once and never destroyed, as the interpreter may be gone by then.
-struct TorchObjects {
-  py::object tensor;
-  struct Known {
-    py::object dtype;
-    Dtype value;
-    int64_t itemsize;
-  };
-  std::vector<Known> dtypes;
-
-  static const TorchObjects& get() {
-    static py::gil_safe_call_once_and_store<TorchObjects> storage;
-    return storage
-        .call_once_and_store_result([] {
-          const auto torch = py::module_::import("torch");
-          TorchObjects objects{torch.attr("Tensor"), {}};
-          for (const auto& [name, value] :
-               {std::pair{"float32", Dtype::float32}, {"bfloat16", Dtype::bfloat16},
-                {"float8_e4m3fn", Dtype::float8_e4m3fn}, {"int64", Dtype::int64}, {"uint8", Dtype::uint8},
-                {"bool", Dtype::boolean}}) {
-            const py::object dtype = torch.attr(name);
-            objects.dtypes.push_back({dtype, value, dtype.attr("itemsize").cast<int64_t>()});
-          }
-          return objects;
-        })
-        .get_stored();
-  }
-
-  void set_dtype(TensorView& view, py::handle dtype) const {
-    for (const Known& known : dtypes)
-      if (known.dtype.is(dtype)) {
-        view.dtype = known.value;
-        view.itemsize = known.itemsize;
-        return;
-      }
-    view.dtype = Dtype::other;
-    view.itemsize = dtype.attr("itemsize").cast<int64_t>();
-  }
-};
 
 const char* name_of(Dtype dtype) {
   switch (dtype) {
@@ -58,8 +18,8 @@ const char* name_of(Dtype dtype) {
     case Dtype::bfloat16: return "bfloat16";
     case Dtype::float8_e4m3fn: return "float8_e4m3fn";
     case Dtype::int64: return "int64";
-    case Dtype::uint8: return "uint8";
     case Dtype::boolean: return "bool";
+    case Dtype::uint8: return "uint8";
     case Dtype::other: break;
   }
   return "other";
@@ -72,12 +32,6 @@ std::string name_of(py::handle dtype) {
   return name.rfind("torch.", 0) == 0 ? name.substr(6) : name;
 }
 
-Device device_of(py::handle tensor) {
-  if (tensor.attr("is_cpu").cast<bool>()) return {DeviceKind::cpu, 0};
-  const auto kind = tensor.attr("is_cuda").cast<bool>() ? DeviceKind::cuda : DeviceKind::other;
-  return {kind, tensor.attr("get_device")().cast<int>()};
-}
-
 template <class T>
 std::string bracketed(const std::vector<T>& values) {
   std::ostringstream text;
@@ -86,79 +40,23 @@ std::string bracketed(const std::vector<T>& values) {
   text << ']';
   return text.str();
 }
+std::string bracketed(const int64_t* values, size_t count) {
+  return bracketed(std::vector<int64_t>(values, values + count));
+}
 std::string bracketed(const std::array<int64_t, max_dims>& values, int count) {
-  return bracketed(std::vector<int64_t>(values.begin(), values.begin() + count));
+  return bracketed(values.data(), static_cast<size_t>(count));
 }
 
-std::vector<int64_t> integers(const py::object& sequence) {
-  const auto tuple = py::reinterpret_borrow<py::tuple>(sequence);
-  std::vector<int64_t> values(tuple.size());
-  for (size_t i = 0; i < values.size(); ++i) values[i] = tuple[i].cast<int64_t>();
-  return values;
-}
+bool is_rest(std::string_view dim) { return dim == "..."; }
+bool is_number(std::string_view dim) { return dim[0] >= '0' && dim[0] <= '9'; }
 
-bool is_rest(const char* dim) { return !std::strcmp(dim, "..."); }
-
-bool empty(const TensorView& view) {
-  return std::any_of(view.shape.begin(), view.shape.begin() + view.dims, [](int64_t size) { return size == 0; });
-}
-
-// Bytes [first, last) that hold elements, as runs without holes.
-struct Run {
-  intptr_t first, last;
-  int owner;
-};
-
-void append_runs(const TensorView& view, int owner, std::vector<Run>& runs) {
-  if (empty(view)) return;
-  const int64_t bytes = view.itemsize;
-  int64_t run = 1;
-  int inner = view.dims;  // dimensions from here on are dense
-  while (inner > 0 && (view.shape[inner - 1] == 1 || view.stride[inner - 1] == run)) run *= view.shape[--inner];
-  std::array<int64_t, max_dims> index{};
-  for (;;) {
-    int64_t offset = 0;
-    for (int d = 0; d < inner; ++d) offset += index[d] * view.stride[d];
-    const auto first = reinterpret_cast<intptr_t>(view.data) + offset * bytes;
-    runs.push_back({first, first + run * bytes, owner});
-    int d = inner - 1;
-    while (d >= 0 && ++index[d] == view.shape[d]) index[d--] = 0;
-    if (d < 0) return;
-  }
-}
-
-bool runs_overlap(std::vector<Run>& runs, bool different_owners) {
-  std::sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.first < b.first; });
-  intptr_t reached[2] = {INTPTR_MIN, INTPTR_MIN};
-  for (const Run& run : runs) {
-    if (run.first < reached[different_owners ? 1 - run.owner : run.owner]) return true;
-    reached[run.owner] = std::max(reached[run.owner], run.last);
-  }
-  return false;
-}
-
-bool share_memory(const TensorView& a, const TensorView& b) {
-  if (a.device.kind != b.device.kind || empty(a) || empty(b)) return false;
-  const auto extent = [](const TensorView& view) {
-    int64_t last = 0;
-    for (int d = 0; d < view.dims; ++d) last += (view.shape[d] - 1) * view.stride[d];
-    const auto first = reinterpret_cast<intptr_t>(view.data);
-    return std::pair{first, first + (last + 1) * view.itemsize};
-  };
-  const auto [a_first, a_last] = extent(a);
-  const auto [b_first, b_last] = extent(b);
-  if (a_last <= b_first || b_last <= a_first) return false;
-  std::vector<Run> runs;  // the extents meet, but rows of one may lie between rows of the other
-  append_runs(a, 0, runs);
-  append_runs(b, 1, runs);
-  return runs_overlap(runs, true);
-}
-
-bool same_view(const TensorView& a, const TensorView& b) {
-  if (a.data != b.data || a.dtype != b.dtype || a.dims != b.dims) return false;
-  for (int d = 0; d < a.dims; ++d)
-    if (a.shape[d] != b.shape[d] || (a.shape[d] > 1 && a.stride[d] != b.stride[d])) return false;
-  return true;
+// "B" and whether it may be 1 as well, of "B or 1".
+std::pair<std::string_view, bool> variable_of(std::string_view dim) {
+  constexpr std::string_view or_one = " or 1";
+  const bool may_be_one =
+      dim.size() > or_one.size() && dim.substr(dim.size() - or_one.size()) == or_one;
+  if (may_be_one) dim.remove_suffix(or_one.size());
+  return {dim, may_be_one};
 }
 
 }  // namespace
@@ -188,72 +86,79 @@ void Signature::fail_unserved(const std::string& why) const {
 }
 
 const TensorView& Signature::tensor(const char* name, py::handle tensor, std::initializer_list<const char*> dims,
-                                    DtypeRule dtypes, Access access) {
-  return views_.emplace_back(view_of(name, tensor, dims, dtypes, access, false));
+                                    const DtypeRule& dtypes, Access access) {
+  return add(name, tensor, dims, dtypes, access, false);
 }
 
 const TensorView& Signature::host_tensor(const char* name, py::handle tensor, std::initializer_list<const char*> dims) {
-  return views_.emplace_back(view_of(name, tensor, dims, Dtype::int64, Access::read, true));
+  return add(name, tensor, dims, Dtype::int64, Access::read, true);
 }
 
-TensorView Signature::view_of(const char* name, py::handle tensor, std::initializer_list<const char*> dims,
-                              DtypeRule dtypes, Access access, bool host) {
-  const auto& torch = TorchObjects::get();
-  if (!py::isinstance(tensor, torch.tensor))
+const TensorView& Signature::add(const char* name, py::handle tensor, std::initializer_list<const char*> dims,
+                                 const DtypeRule& dtypes, Access access, bool host) {
+  if (!is_tensor(tensor))
     fail(std::string(name) + " is a " + Py_TYPE(tensor.ptr())->tp_name + ", expected a torch.Tensor");
 
-  TensorView view;
+  if (view_count_ == most_views) throw std::logic_error(std::string(op_) + ": more tensors than a Signature holds");
+  TensorView& view = views_[view_count_];
   view.name = name;
   view.access = access;
-  const auto shape = integers(tensor.attr("shape")), stride = integers(tensor.attr("stride")());
+  const Facts facts(tensor);
   const bool rest = is_rest(*(dims.end() - 1));
-  if (rest ? shape.size() < dims.size() - 1 : shape.size() != dims.size()) {
+  if (rest ? facts.dims < dims.size() - 1 : facts.dims != dims.size()) {
     std::string expected;
     for (const char* dim : dims) expected += (expected.empty() ? "" : ", ") + std::string(dim);
-    fail(std::string(name) + " has shape " + bracketed(shape) + ", expected " +
+    fail(std::string(name) + " has shape " + bracketed(facts.shape, facts.dims) + ", expected " +
          std::to_string(dims.size() - rest) + (rest ? " or more" : "") +
          (dims.size() == 1 ? " dimension [" : " dimensions [") + expected + "]");
   }
-  view.device = device_of(tensor);
+  view.device = facts.device;
   const auto is_on = [&] { return std::string(name) + " is on " + text(tensor.attr("device")) + ", expected "; };
   if (host && view.device.kind != DeviceKind::cpu) fail(is_on() + "cpu, where it is read");
-  if (!host && !views_.empty() && !(view.device == views_.front().device))
-    fail(is_on() + views_.front().name + "'s device" +
-         (views_.front().device.kind == DeviceKind::cpu ? ", cpu" : ""));
-  torch.set_dtype(view, tensor.attr("dtype"));
-  bind_dtype(view, dtypes, tensor);
-  bind_shape(view, shape, dims);
+  if (!host && view_count_ && !(view.device == views_[0].device))
+    fail(is_on() + views_[0].name + "'s device" + (views_[0].device.kind == DeviceKind::cpu ? ", cpu" : ""));
+  view.dtype = facts.dtype;
+  view.itemsize = facts.itemsize;
+  bind_dtype(view, dtypes, facts, tensor);
+  bind_shape(view, facts, dims);
   view.dims = static_cast<int>(dims.size());
   for (size_t d = 0; d < dims.size() - rest; ++d) {
-    view.shape[d] = shape[d];
-    view.stride[d] = stride[d];
+    view.shape[d] = facts.shape[d];
+    view.stride[d] = facts.stride[d];
   }
-  if (rest) flatten(view, shape, stride);
-  view.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<intptr_t>());
+  if (rest) flatten(view, facts);
+  view.data = facts.data();
+  check_memory(view, facts);
   check_layout(view);
+  ++view_count_;
   return view;
 }
 
 // The last dimension of the view becomes all dimensions from there on.
-void Signature::flatten(TensorView& view, const std::vector<int64_t>& shape, const std::vector<int64_t>& stride) const {
+void Signature::flatten(TensorView& view, const Facts& facts) const {
   const size_t last = view.dims - 1;
   int64_t dense = 1;
   bool contiguous = true;
-  for (size_t d = shape.size(); d-- > last;) {
-    if (shape[d] > 1 && stride[d] != dense) contiguous = false;
-    dense *= shape[d];
+  for (size_t d = facts.dims; d-- > last;) {
+    if (facts.shape[d] > 1 && facts.stride[d] != dense) contiguous = false;
+    dense *= facts.shape[d];
   }
-  if (!contiguous && std::find(shape.begin(), shape.end(), 0) == shape.end())
-    fail(std::string(view.name) + " has strides " + bracketed(stride) + " for shape " +
-         bracketed(shape) + ", expected rows without gaps from dimension " + std::to_string(last) +
+  if (!contiguous && std::find(facts.shape, facts.shape + facts.dims, 0) == facts.shape + facts.dims)
+    fail(std::string(view.name) + " has strides " + bracketed(facts.stride, facts.dims) + " for shape " +
+         bracketed(facts.shape, facts.dims) + ", expected rows without gaps from dimension " + std::to_string(last) +
          " on; call .contiguous()");
   view.shape[last] = dense;
   view.stride[last] = 1;
 }
 
-const Signature::Dim* Signature::find(const std::string& variable) const {
-  for (const Dim& dim : dims_)
-    if (dim.variable == variable) return &dim;
+void Signature::bind(std::string_view dim, int64_t value, const char* argument) {
+  if (dim_count_ == most_dims) throw std::logic_error(std::string(op_) + ": more dimensions than a Signature holds");
+  dims_[dim_count_++] = {dim, value, argument};
+}
+
+const Signature::Dim* Signature::find(std::string_view variable) const {
+  for (size_t i = 0; i < dim_count_; ++i)
+    if (dims_[i].variable == variable) return &dims_[i];
   return nullptr;
 }
 
@@ -264,57 +169,86 @@ int64_t Signature::size(const char* dim, int64_t unbound) const {
   return bound ? bound->value : unbound;
 }
 
-void Signature::bind_dtype(const TensorView& view, const DtypeRule& rule, py::handle tensor) {
-  const py::object dtype = tensor.attr("dtype");
-  const auto has = [&] { return std::string(view.name) + " has dtype " + text(dtype); };
-  if (!rule.allowed.empty() && std::find(rule.allowed.begin(), rule.allowed.end(), view.dtype) == rule.allowed.end()) {
+void Signature::bind_dtype(const TensorView& view, const DtypeRule& rule, const Facts& facts, py::handle tensor) {
+  const auto has = [&] { return std::string(view.name) + " has dtype " + text(tensor.attr("dtype")); };
+  if (rule.allowed && !(rule.allowed & DtypeRule::bit(view.dtype))) {
     std::string expected;
-    for (Dtype allowed : rule.allowed) expected += (expected.empty() ? "" : " or ") + std::string(name_of(allowed));
+    for (Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::float8_e4m3fn, Dtype::int64, Dtype::boolean,
+                        Dtype::uint8})
+      if (rule.allowed & DtypeRule::bit(dtype)) expected += (expected.empty() ? "" : " or ") + std::string(name_of(dtype));
     fail(has() + ", expected " + expected);
   }
   if (!rule.variable) return;
-  for (const BoundDtype& bound : dtypes_)
-    if (!std::strcmp(bound.variable, rule.variable)) {
-      if (!bound.dtype.is(dtype)) fail(has() + ", expected " + name_of(bound.dtype) + " as " + bound.argument);
+  for (size_t i = 0; i < dtype_count_; ++i)
+    if (const BoundDtype& bound = dtypes_[i]; !std::strcmp(bound.variable, rule.variable)) {
+      if (bound.dtype != view.dtype || (view.dtype == Dtype::other && !bound.object.is(facts.dtype_object)))
+        fail(has() + ", expected " + (bound.dtype == Dtype::other ? name_of(bound.object) : name_of(bound.dtype)) +
+             " as " + bound.argument);
       return;
     }
-  dtypes_.push_back({rule.variable, dtype, view.name});
+  if (dtype_count_ == most_dtypes) throw std::logic_error(std::string(op_) + ": more dtypes than a Signature holds");
+  dtypes_[dtype_count_++] = {rule.variable, view.dtype, facts.dtype_object, view.name};
 }
 
-void Signature::bind_shape(const TensorView& view, const std::vector<int64_t>& shape,
-                           std::initializer_list<const char*> dims) {
-  static const std::string or_one = " or 1";
-  std::vector<std::string> expected;
+void Signature::bind_shape(const TensorView& view, const Facts& facts, std::initializer_list<const char*> dims) {
   bool agrees = true;
+  const size_t bound_before = dim_count_;
   size_t d = 0;
   for (const char* dim : dims) {
     if (is_rest(dim)) {
-      const std::vector<int64_t> rest(shape.begin() + static_cast<ptrdiff_t>(d), shape.end());
-      if (!trailing_.argument) trailing_ = {rest, view.name};
-      if (rest != trailing_.shape) agrees = false;
-      expected.push_back("..." + bracketed(trailing_.shape) + " as in " + trailing_.argument);
+      const auto *first = facts.shape + d, *last = facts.shape + facts.dims;
+      if (!trailing_.argument) trailing_ = {{first, last}, view.name};
+      agrees = agrees && std::equal(first, last, trailing_.shape.begin(), trailing_.shape.end());
       break;
     }
-    if (std::isdigit(static_cast<unsigned char>(*dim))) {
-      if (shape[d++] != std::atoll(dim)) agrees = false;
-      expected.push_back(dim);
+    const int64_t size = facts.shape[d++];
+    if (is_number(dim)) {
+      agrees = agrees && size == std::atoll(dim);
       continue;
     }
-    std::string variable = dim;
-    const bool may_be_one = variable.size() > or_one.size() &&
-                            !variable.compare(variable.size() - or_one.size(), or_one.size(), or_one);
-    if (may_be_one) variable.resize(variable.size() - or_one.size());
-    const bool free = may_be_one && shape[d] == 1;
-    const Dim* bound = find(variable);
-    if (bound && bound->value != shape[d] && !free) agrees = false;
-    expected.push_back(variable + (bound ? "=" + std::to_string(bound->value) + " as in " + bound->argument : "") +
-                       (may_be_one ? or_one : ""));
-    if (!bound && !free) dims_.push_back({variable, shape[d], view.name});
-    ++d;
+    const auto [variable, may_be_one] = variable_of(dim);
+    if (may_be_one && size == 1) continue;
+    if (const Dim* bound = find(variable))
+      agrees = agrees && bound->value == size;
+    else
+      bind(variable, size, view.name);
   }
-  if (!agrees)
-    fail(std::string(view.name) + " has shape " + bracketed(shape) + ", expected " +
-         bracketed(expected));
+  if (agrees) return;
+  dim_count_ = bound_before;  // what this argument bound is not what was expected of it
+  fail(std::string(view.name) + " has shape " + bracketed(facts.shape, facts.dims) + ", expected " + expected_shape(dims));
+}
+
+std::string Signature::expected_shape(std::initializer_list<const char*> dims) const {
+  std::vector<std::string> expected;
+  for (const char* dim : dims) {
+    if (is_rest(dim)) {
+      expected.push_back("..." + bracketed(trailing_.shape) + " as in " + trailing_.argument);
+    } else if (is_number(dim)) {
+      expected.push_back(dim);
+    } else {
+      const auto [variable, may_be_one] = variable_of(dim);
+      const Dim* bound = find(variable);
+      expected.push_back(std::string(variable) +
+                         (bound ? "=" + std::to_string(bound->value) + " as in " + bound->argument : "") +
+                         (may_be_one ? " or 1" : ""));
+    }
+  }
+  return bracketed(expected);
+}
+
+// What torch's dispatcher sorts out before a kernel sees it, and a direct call does not: tensors whose numbers are not
+// those in their memory. Real numbers among them are negated imaginary parts, fp32 or of dtypes that are `other` here,
+// and their strides are even, but in a dimension of 1.
+void Signature::check_memory(const TensorView& view, const Facts& facts) const {
+  if (view.device.kind != DeviceKind::cpu || empty(view)) return;
+  const auto refuse = [&](const char* is, const char* call) {
+    fail(std::string(view.name) + is + ", expected numbers that lie in memory as they are; call " + call);
+  };
+  const bool other = view.dtype == Dtype::other;
+  if (!view.data) refuse(" has no memory", ".clone()");
+  if (other && facts.conjugated()) refuse(" is to be conjugated when it is read", ".resolve_conj()");
+  if ((other || (view.dtype == Dtype::float32 && view.shape[view.dims - 1] == 1)) && facts.negated())
+    refuse(" is to be negated when it is read", ".resolve_neg()");
 }
 
 void Signature::check_contiguous(const TensorView& view) const {
@@ -373,16 +307,14 @@ void Signature::check_layout(const TensorView& view) const {
     dense *= view.shape[d];
   }
   if (contiguous) return;
-  std::vector<Run> runs;
-  append_runs(view, 0, runs);
-  if (runs_overlap(runs, false))
+  if (elements_share_memory(view))
     fail(strides() + " for shape " + bracketed(view.shape, view.dims) +
          ", so that elements share memory; an output needs its own memory for each");
 }
 
 void Signature::check_overlap(std::initializer_list<std::pair<const char*, const char*>> exempt) const {
-  for (size_t i = 0; i < views_.size(); ++i)
-    for (size_t j = i + 1; j < views_.size(); ++j) {
+  for (size_t i = 0; i < view_count_; ++i)
+    for (size_t j = i + 1; j < view_count_; ++j) {
       const TensorView &a = views_[i], &b = views_[j];
       if (a.access == Access::read && b.access == Access::read) continue;
       const bool may_be_same = std::any_of(exempt.begin(), exempt.end(), [&](const auto& pair) {

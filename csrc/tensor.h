@@ -17,12 +17,14 @@
 
 #include <array>
 #include <cstdint>
-#include <deque>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
+
+#include "facts.h"
 
 namespace dsa_rt {
 
@@ -39,15 +41,6 @@ struct Unserved : OptionError {
   using OptionError::OptionError;
 };
 void register_errors(py::module_& m);
-
-enum class Dtype { float32, bfloat16, float8_e4m3fn, int64, uint8, boolean, other };
-
-enum class DeviceKind { cpu, cuda, other };
-struct Device {
-  DeviceKind kind;
-  int index;
-  bool operator==(const Device& other) const { return kind == other.kind && index == other.index; }
-};
 
 enum class Access { read, write };
 
@@ -71,12 +64,15 @@ struct TensorView {
 
 // Dtypes an argument may have, or any. With a variable, all arguments that name it have the same one.
 struct DtypeRule {
-  DtypeRule(Dtype only) : allowed{only} {}
-  DtypeRule(std::initializer_list<Dtype> any_of) : allowed(any_of) {}
-  DtypeRule(const char* name, std::initializer_list<Dtype> any_of) : variable(name), allowed(any_of) {}
+  DtypeRule(Dtype only) : DtypeRule(nullptr, {only}) {}
+  DtypeRule(std::initializer_list<Dtype> any_of) : DtypeRule(nullptr, any_of) {}
+  DtypeRule(const char* name, std::initializer_list<Dtype> any_of) : variable(name) {
+    for (Dtype dtype : any_of) allowed |= bit(dtype);
+  }
   explicit DtypeRule(const char* name) : variable(name) {}  // any at all
+  static constexpr unsigned bit(Dtype dtype) { return 1u << static_cast<int>(dtype); }
   const char* variable = nullptr;
-  std::vector<Dtype> allowed;
+  unsigned allowed = 0;  // 0: any
 };
 
 // Whether `count` numbers are rows of `total` in ascending order, so each once.
@@ -89,17 +85,17 @@ class Signature {
   // The view of `tensor` once its type, device, dtype, shape, strides and alignment are as stated. The last dimension
   // must be contiguous; elements of an output must not share memory with each other. The view lives as long as *this.
   const TensorView& tensor(const char* name, py::handle tensor, std::initializer_list<const char*> dims,
-                           DtypeRule dtypes, Access access = Access::read);
+                           const DtypeRule& dtypes, Access access = Access::read);
 
   // The same for integers that are read on the host and lie there, wherever the other arguments are.
   const TensorView& host_tensor(const char* name, py::handle tensor, std::initializer_list<const char*> dims);
 
   // Binds a size that follows from others, for arguments to come; `argument` has those others.
-  void derive(const char* dim, int64_t value, const char* argument) { dims_.push_back({dim, value, argument}); }
+  void derive(const char* dim, int64_t value, const char* argument) { bind(dim, value, argument); }
 
   int64_t size(const char* dim) const;
   int64_t size(const char* dim, int64_t unbound) const;
-  Device device() const { return views_.front().device; }
+  Device device() const { return views_[0].device; }
 
   void check_contiguous(const TensorView& view) const;
 
@@ -117,31 +113,39 @@ class Signature {
 
  private:
   struct Dim {
-    std::string variable;
+    std::string_view variable;
     int64_t value;
     const char* argument;
   };
   struct BoundDtype {
     const char* variable;
-    py::handle dtype;  // torch's dtypes live as long as it does
+    Dtype dtype;
+    py::handle object;  // of `other` ones; torch's dtypes live as long as it does
     const char* argument;
   };
   struct Trailing {
     std::vector<int64_t> shape;
     const char* argument = nullptr;
   };
-  TensorView view_of(const char* name, py::handle tensor, std::initializer_list<const char*> dims, DtypeRule dtypes,
-                     Access access, bool host);
-  const Dim* find(const std::string& variable) const;
-  void bind_shape(const TensorView& view, const std::vector<int64_t>& shape, std::initializer_list<const char*> dims);
-  void bind_dtype(const TensorView& view, const DtypeRule& rule, py::handle tensor);
-  void flatten(TensorView& view, const std::vector<int64_t>& shape, const std::vector<int64_t>& stride) const;
+  // Made in place, as an op refers to its views; no op has more. Nothing here is allocated while a call is good.
+  static constexpr size_t most_views = 12, most_dims = 12, most_dtypes = 3;
+
+  const TensorView& add(const char* name, py::handle tensor, std::initializer_list<const char*> dims,
+                        const DtypeRule& dtypes, Access access, bool host);
+  void bind(std::string_view dim, int64_t value, const char* argument);
+  const Dim* find(std::string_view variable) const;
+  void bind_shape(const TensorView& view, const Facts& facts, std::initializer_list<const char*> dims);
+  std::string expected_shape(std::initializer_list<const char*> dims) const;
+  void bind_dtype(const TensorView& view, const DtypeRule& rule, const Facts& facts, py::handle tensor);
+  void flatten(TensorView& view, const Facts& facts) const;
+  void check_memory(const TensorView& view, const Facts& facts) const;
   void check_layout(const TensorView& view) const;
 
   const char* op_;
-  std::deque<TensorView> views_;
-  std::vector<Dim> dims_;
-  std::vector<BoundDtype> dtypes_;
+  size_t view_count_ = 0, dim_count_ = 0, dtype_count_ = 0;
+  std::array<TensorView, most_views> views_;
+  std::array<Dim, most_dims> dims_;
+  std::array<BoundDtype, most_dtypes> dtypes_;
   Trailing trailing_;
 };
 

@@ -2,7 +2,8 @@
 
 Arguments are torch tensors on one device. ``instruction_set`` (CPU) is for tests: "" takes the best that runs
 here. ``stream`` (CUDA) is the stream's address. Each check_… does the checks of its op alone, for tensors of
-any device.
+any device. Each direct_… takes the arguments of its op by position, then the number of threads and whether gradients
+are enabled: it runs the op on CPU tensors and returns True, or False where one is of a subclass or wants a gradient.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,7 @@ class BuildInfo(TypedDict):
     compiler: str
     instruction_sets: list[str]
     amx_bf16: bool
+    last_cache: int
     threads: str
     cuda: str
 
@@ -106,13 +108,7 @@ def active_attention(
     stream: int = 0,
 ) -> None: ...
 def check_active_attention(
-    out: Tensor,
-    lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    segments: Tensor | None = None,
-    scratch: Tensor | None = None,
+    out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = None
 ) -> None: ...
 def active_attention_fp8(
     out: Tensor,

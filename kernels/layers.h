@@ -26,6 +26,7 @@ struct NormModulateParams {
   int64_t table_length;       // R; a table of one row beside others has row_stride 0
   int64_t batch, active, width;
   float eps;
+  bool streams = false;  // on the CPU: results go past the caches
 };
 
 // out = x / √(mean(x²) + eps)·weight; out may be x.
@@ -35,6 +36,7 @@ struct RmsNormParams {
   Element weight_element;
   int64_t batch, active, width;
   float eps;
+  bool streams = false;  // on the CPU: results go past the caches
 };
 
 // q and k: RMSNorm over C, RoPE per head; k and v into the rows of a cache.
@@ -48,6 +50,7 @@ struct QkNormRopeStoreParams {
   const int64_t* slots;       // [A] distinct rows of the cache, or null: row a
   int64_t batch, active, heads, dim, cache_rows;
   float eps;
+  bool streams = false;  // on the CPU: results go past the caches
 };
 
 // out[b, a] = from[b, rows[a]] (gather) or out[b, rows[a]] = from[b, a] (scatter), in bytes.
@@ -57,6 +60,7 @@ struct MoveRowsParams {
   int64_t out_batch_stride, out_row_stride, from_batch_stride, from_row_stride;  // in bytes
   const int64_t* rows;        // [A]
   int64_t batch, active, all_rows, row_bytes;
+  bool streams = false;  // on the CPU: results go past the caches
 };
 
 // Scores of one query per head over the RMS-normalised keys, softmax, weighted sum of the tokens.

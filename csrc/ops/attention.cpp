@@ -45,7 +45,7 @@ constexpr int64_t tile_work = 1 << 22;  // multiply-adds below which a tile alon
 class ActiveAttention {
  public:
   ActiveAttention(py::handle out, py::handle lse, py::handle q, py::handle k, py::handle v, py::handle segments,
-                  py::handle scratch)
+                  py::handle scratch = py::none())
       : op_("active_attention"), fp8_(false) {
     check(out, lse, q, k, v, py::none(), py::none(), segments, scratch);
   }
@@ -201,13 +201,21 @@ class ActiveAttentionFp8 : public ActiveAttention {
 void bind_attention(py::module_& m) {
   using Tensor = py::object;
   using py::arg;
-  bind<ActiveAttention, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
-      m, "active_attention", arg("out"), arg("lse"), arg("q"), arg("k"), arg("v"), arg("segments") = py::none(),
-      arg("scratch") = py::none());
+  bind<ActiveAttention, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+      m, "active_attention", arg("out"), arg("lse"), arg("q"), arg("k"), arg("v"), arg("segments") = py::none());
+  m.def(
+      "active_attention",
+      [](Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor segments, Tensor scratch, int threads,
+         std::string instruction_set, uintptr_t stream) {
+        const Launch launch{threads, std::move(instruction_set), stream};
+        call<ActiveAttention>("active_attention", launch, out, lse, q, k, v, segments, scratch);
+      },
+      arg("out"), arg("lse"), arg("q"), arg("k"), arg("v"), arg("segments") = py::none(), arg("scratch"), arg("threads") = 1,
+      arg("instruction_set") = "", arg("stream") = 0);
   m.def(
       "active_attention_scratch",
       [](Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor segments) {
-        return ActiveAttention(out, lse, q, k, v, segments, py::none()).scratch_floats();
+        return ActiveAttention(out, lse, q, k, v, segments).scratch_floats();
       },
       arg("out"), arg("lse"), arg("q"), arg("k"), arg("v"), arg("segments") = py::none());
   bind<ActiveAttentionFp8, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(

@@ -46,32 +46,44 @@ class CallOf : public Call {
   Op op_;
 };
 
-template <class Argument>
-void collect(std::vector<py::object>& tensors, const Argument& argument) {
+template <class Argument, class Visit>
+void for_tensor(const Argument& argument, Visit visit) {
   if constexpr (std::is_base_of_v<py::object, Argument>)
-    if (!argument.is_none()) tensors.push_back(argument);
+    if (!argument.is_none()) visit(argument);
 }
 
-// Binds `name` (check, then run without the GIL) and check_`name` (check alone) for the constructor's arguments. While a
-// program records on the thread, a call of `name` is appended to it.
+// Checks, then runs without the GIL. While a program records on the thread, the call is appended to it.
+template <class Op, class... Arguments>
+void call(const char* name, const Launch& launch, const Arguments&... arguments) {
+  if (Program* program = Program::recording()) {
+    auto kept = std::make_unique<CallOf<Op>>(arguments...);
+    std::vector<py::object> tensors;
+    (for_tensor(arguments, [&](const py::object& tensor) { tensors.push_back(tensor); }), ...);
+    return program->append(name, tensors, std::move(kept), launch);
+  }
+  Op op(arguments...);
+  py::gil_scoped_release release;
+  op.run(launch);
+}
+
+// Binds, for the constructor's arguments, three functions. `name`: call() as above. direct_`name`: the same for plain()
+// tensors, on the CPU, with no name and no default to match; False, and nothing done, where one is not plain.
+// check_`name`: the check alone.
 template <class Op, class... Arguments, class... Names>
-void bind(py::module_& m, const std::string& name, const Names&... names) {
+void bind(py::module_& m, const char* name, const Names&... names) {
   m.def(
-      name.c_str(),
+      name,
       [name](Arguments... arguments, int threads, std::string instruction_set, uintptr_t stream) {
-        const Launch launch{threads, std::move(instruction_set), stream};
-        if (Program* program = Program::recording()) {
-          auto call = std::make_unique<CallOf<Op>>(arguments...);
-          std::vector<py::object> tensors;
-          (collect(tensors, arguments), ...);
-          return program->append(name, tensors, std::move(call), launch);
-        }
-        Op op(std::move(arguments)...);
-        py::gil_scoped_release release;
-        op.run(launch);
+        call<Op>(name, {threads, std::move(instruction_set), stream}, arguments...);
       },
       names..., py::arg("threads") = 1, py::arg("instruction_set") = "", py::arg("stream") = 0);
-  m.def(("check_" + name).c_str(), [](Arguments... arguments) { Op(std::move(arguments)...); }, names...);
+  m.def((std::string("direct_") + name).c_str(), [name](Arguments... arguments, int threads, bool grad_enabled) {
+    bool direct = true;
+    (for_tensor(arguments, [&](py::handle tensor) { direct = direct && plain(tensor, grad_enabled); }), ...);
+    if (direct) call<Op>(name, {threads, {}, 0}, arguments...);
+    return direct;
+  });
+  m.def((std::string("check_") + name).c_str(), [](Arguments... arguments) { Op(std::move(arguments)...); }, names...);
 }
 
 }  // namespace dsa_rt

@@ -38,6 +38,7 @@ constexpr int64_t copy_work = 1 << 18;    // bytes
 
 int64_t grain_of(int64_t work, int64_t of_one) { return work / std::max<int64_t>(of_one, 1); }
 
+int64_t size_of(Element element) { return element == Element::bfloat16 ? 2 : 4; }
 Rows rows_of(const TensorView& view) { return {view.data, view.stride[0], view.stride[1], element_of(view)}; }
 Heads heads_of(const TensorView& view) { return {view.data, view.stride[0], view.stride[1], view.stride[2]}; }
 
@@ -57,8 +58,9 @@ void check_width(const Signature& op, int64_t width) {
 class Norm {
  public:
   void run(const Launch& launch) {
-    const auto& p = params_;
+    auto& p = params_;
     if (op_.device().kind == DeviceKind::cpu) {
+      p.streams = streams(p.batch * p.active * p.width * size_of(p.out.element) * (p.sum.data ? 2 : 1));
       const auto kernel = cpu_kernels(launch.instruction_set).norm_modulate;
       return parallel_for(p.batch * p.active, grain_of(row_work, p.width), launch.threads,
                           [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
@@ -151,8 +153,9 @@ class RmsNorm {
   }
 
   void run(const Launch& launch) {
-    const auto& p = params_;
+    auto& p = params_;
     if (op_.device().kind == DeviceKind::cpu) {
+      p.streams = p.out.data != p.x.data && streams(p.batch * p.active * p.width * size_of(p.out.element));
       const auto kernel = cpu_kernels(launch.instruction_set).rms_norm;
       return parallel_for(p.batch * p.active, grain_of(row_work, p.width), launch.threads,
                           [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
@@ -221,8 +224,9 @@ class QkNormRopeStore {
   }
 
   void run(const Launch& launch) {
-    const auto& p = params_;
+    auto& p = params_;
     if (op_.device().kind == DeviceKind::cpu) {
+      p.streams = streams(3 * p.batch * p.active * p.heads * p.dim * size_of(p.q.element));
       const auto kernel = cpu_kernels(launch.instruction_set).qk_norm_rope_store;
       return parallel_for(p.batch * p.active, grain_of(row_work, 3 * p.heads * p.dim), launch.threads,
                           [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
@@ -250,10 +254,12 @@ class QkNormRopeStore {
 class MoveRows {
  public:
   void run(const Launch& launch) {
-    const auto& p = params_;
-    if (op_.device().kind == DeviceKind::cpu)
+    auto& p = params_;
+    if (op_.device().kind == DeviceKind::cpu) {
+      p.streams = streams(2 * p.batch * p.active * p.row_bytes);  // reads and writes: nothing else takes time
       return parallel_for(p.batch * p.active, grain_of(copy_work, p.row_bytes), launch.threads,
                           [&](int64_t begin, int64_t end) { cpu::move_rows(p, scatter_, begin, end); });
+    }
 #if defined(DSA_RT_CUDA)
     if (op_.device().kind == DeviceKind::cuda) return cuda::move_rows(p, scatter_, launch.stream);
 #endif

@@ -15,7 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads, is_grad_enabled
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import peek_interpreter_stack as _functorch_stack
+from torch.compiler import is_dynamo_compiling
 
 from dsa_rt import trace
 from dsa_rt.errors import OptionError
@@ -29,6 +33,8 @@ except ImportError as error:  # a source tree that was never built
     ) from error
 
 _LIBRARY = torch.library.Library("dsa_rt", "DEF")
+_FOUND: dict[tuple[str, str, torch.dtype, str | None], tuple[object, list[Any]]] = {}  # see _candidates
+_DIRECT: dict[str, Callable[..., bool]] = {}  # op -> the native function for a call that needs no dispatcher
 _FLOATS = (torch.float32, torch.bfloat16)
 
 
@@ -193,7 +199,19 @@ def choose(op: str, device: str, dtype: torch.dtype, backend: str | None = None)
 
 
 def _candidates(op: str, device: str, dtype: torch.dtype, backend: str | None) -> list[Implementation]:
-    """What can serve such tensors, best first; one at least."""
+    """What can serve such tensors, best first; one at least. Kept for as long as the op's row of the table is the same
+    object."""
+    asked = (op, device, dtype, backend)
+    if is_dynamo_compiling():  # which does not compare tuples by identity
+        return _find_candidates(*asked)
+    row, found = _FOUND.get(asked, (None, []))
+    if row is not IMPLEMENTATIONS[op]:
+        found = _find_candidates(*asked)
+        _FOUND[asked] = IMPLEMENTATIONS[op], found
+    return found
+
+
+def _find_candidates(op: str, device: str, dtype: torch.dtype, backend: str | None) -> list[Implementation]:
     implementations = IMPLEMENTATIONS[op]
     if backend is None:
         able = [i for i in implementations if i.passed_over(device, dtype) is None]
@@ -286,7 +304,7 @@ def register(schema: str, scratch: Callable[..., int] | None = None) -> None:
     on_cuda = function if scratch is None else _bringing_scratch(function, scratch)
 
     def run_cpu(*arguments: Any) -> None:
-        function(*arguments, threads=torch.get_num_threads())
+        function(*arguments, threads=get_num_threads())
 
     def run_cuda(*arguments: Any) -> None:
         with torch.cuda.device(arguments[0].device):
@@ -295,6 +313,7 @@ def register(schema: str, scratch: Callable[..., int] | None = None) -> None:
     def fake(*arguments: Any) -> None:
         return None
 
+    _DIRECT[name] = trace.named(name, getattr(native, f"direct_{name}"))
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, trace.named(name, run_cpu), "CPU")
     if native.build_info()["cuda"]:
@@ -313,6 +332,36 @@ def _bringing_scratch(function: Callable[..., None], scratch: Callable[..., int]
     return run
 
 
+def _direct(
+    op: str, backend: str | None, decides: Tensor, tensors: tuple[Tensor | None, ...], others: tuple[Any, ...]
+) -> bool:
+    """Runs a call of the native CPU kernels without torch's dispatcher, which takes longer than small ops do. False,
+    and nothing done, where another backend serves it, or something sees calls in the dispatcher: tracing by Dynamo or
+    ``torch.jit``, a mode, functorch, a profiler, a subclass, or a gradient that is wanted."""
+    if (
+        is_dynamo_compiling()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _functorch_stack() is not None
+        or _get_tracing_state() is not None
+        or _profiler_enabled()
+        or not isinstance(decides, Tensor)
+        or not decides.is_cpu
+        or "cpu" in MEASURED
+    ):
+        return False
+    try:
+        first = _candidates(op, "cpu", decides.dtype, backend)[0]
+    except OptionError:  # what is wrong with the tensors comes first
+        return False
+    if first.backend != "native" or first.refuses is not None:
+        return False
+    try:
+        return _DIRECT[op](*tensors, *others, get_num_threads(), is_grad_enabled())
+    except native.Unserved:
+        return False
+
+
 def served(
     op: str, backend: str | None, decides: Tensor, tensors: tuple[Tensor | None, ...], *others: Any
 ) -> bool:
@@ -321,6 +370,8 @@ def served(
     The choice goes by device and dtype of ``decides``; ``tensors``, all on one device, and ``others``, among which
     tensors are on the CPU, are in the order of the schema.
     """
+    if _direct(op, backend, decides, tensors, others):
+        return True
     # What is no tensor, or on another device, goes to the check, which says so: the dispatcher would complain
     # in its own words, or take a kernel by one tensor of many.
     uniform = isinstance(decides, Tensor) and all(

@@ -37,14 +37,21 @@ qk_norm_rope = reference.qk_norm_rope_store
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether a result of these tensors is to carry a gradient."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def _has_kernel(op: str, *alike: Tensor, others: tuple[Tensor | None, ...] = ()) -> bool:
     """Whether a kernel takes these tensors: without gradient, of one dtype and device, beside others."""
-    first = alike[0]
-    if wants_gradient(*alike, *others) or any(t.dtype != first.dtype or t.device != first.device for t in alike):
+    if wants_gradient(*alike, *others):
         return False
+    first, *rest = alike
+    for tensor in rest:
+        if tensor.dtype != first.dtype or tensor.device != first.device:
+            return False
     return has_kernel(op, first.device, first.dtype)
 
 

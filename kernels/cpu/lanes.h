@@ -215,6 +215,46 @@ DSA_RT_INLINE void store(BFloat16* p, const Lanes& value, Whole) {
 #endif
   store_rounded(p, each_part([&](int i) { return (Floats)bfloat16_words(value.part[i]); }), Whole{});
 }
+// Past the caches, into aligned memory: it is not read first, and nothing has to leave the caches for it. Other threads
+// see it after streams_end().
+inline bool is_aligned(const void* p) { return (uintptr_t)p % 64 == 0; }
+inline void streams_end() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+DSA_RT_INLINE void stream(float* p, const Lanes& value, Whole) {
+#if defined(__AVX2__)
+#pragma GCC unroll 4
+  for (int i = 0; i < Lanes::parts; ++i) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p + i * vector_floats, (__m512)value.part[i]);
+#else
+    _mm256_stream_ps(p + i * vector_floats, (__m256)value.part[i]);
+#endif
+  }
+#else
+  store(p, value, Whole{});
+#endif
+}
+DSA_RT_INLINE void stream(BFloat16* p, const Lanes& value, Whole) {
+#if defined(__AVX512F__)
+  __m512i halves;
+#if defined(__AVX512BF16__)
+  if (convert(value, &halves)) return _mm512_stream_si512((__m512i*)p, halves);
+#endif
+  store(reinterpret_cast<BFloat16*>(&halves), value, Whole{});
+  _mm512_stream_si512((__m512i*)p, halves);
+#elif defined(__AVX2__)
+  __m256i halves[2];
+  store(reinterpret_cast<BFloat16*>(halves), value, Whole{});
+  _mm256_stream_si256((__m256i*)p, halves[0]);
+  _mm256_stream_si256((__m256i*)p + 1, halves[1]);
+#else
+  store(p, value, Whole{});
+#endif
+}
+
 template <class T>
 inline void store(T* p, const Lanes& value, Some block) {
   float values[Lanes::count];
@@ -222,11 +262,22 @@ inline void store(T* p, const Lanes& value, Some block) {
   for (int64_t l = 0; l < block.count; ++l) store(p + l, values[l]);
 }
 
+template <class T>
+inline void stream(T* p, const Lanes& value, Some block) {
+  store(p, value, block);
+}
+
 inline void store_rounded(float* p, const Lanes& value, Some block) { store(p, value, block); }
 inline void store_rounded(BFloat16* p, const Lanes& value, Some block) {
   BFloat16 values[Lanes::count];
   store_rounded(values, value, Whole{});
   for (int64_t l = 0; l < block.count; ++l) p[l] = values[l];
+}
+
+// Asks for the memory of 32 elements that will be read soon; it need not be there.
+template <class T>
+DSA_RT_INLINE void fetch(const T* p) {
+  for (size_t byte = 0; byte < Lanes::count * sizeof(T); byte += 64) __builtin_prefetch((const char*)p + byte);
 }
 
 // Calls body(first element, Whole or Some) for the blocks of a row.

@@ -12,6 +12,7 @@
 
 #include "lanes.h"
 #include "layers.h"
+#include "move_row.h"
 #include "rows.h"
 
 namespace dsa_rt::cpu {
@@ -22,28 +23,41 @@ T* row_of(const Heads& heads, int64_t batch, int64_t row) {
   return static_cast<T*>(heads.data) + batch * heads.batch_stride + row * heads.row_stride;
 }
 
-// Sum of the squares of (x - middle) over a row.
+// out[i] = made(i) by blocks of a row.
+template <class T, class Made>
+DSA_RT_INLINE void put_row(T* out, bool streams, int64_t width, Made made) {
+  if (streams && is_aligned(out))
+    for_blocks(width, [&](int64_t i, auto block) { stream(out + i, made(i, block), block); });
+  else
+    for_blocks(width, [&](int64_t i, auto block) { store(out + i, made(i, block), block); });
+}
+
+// Sum of the squares of (x - middle) over a row. Meanwhile the row `next` is fetched: between reading a row and reading
+// the next one lie passes over L1, in which memory would have nothing to do.
 template <class T>
-DSA_RT_INLINE float sum_of_squares(const T* x, int64_t width, float middle) {
+DSA_RT_INLINE float sum_of_squares(const T* x, const T* next, int64_t width, float middle) {
   const Lanes subtract = all(middle);
   Lanes total = all(0.0f);
   for_blocks(width, [&](int64_t i, auto block) {
     const Lanes distance = load(x + i, block, middle) - subtract;
     total = total + distance * distance;
+    fetch(next + i);
   });
   return sum(total);
 }
 
-// out = (x - mean) / √(variance + eps)·(1 + scale) + shift, for a row whose elements sum to `total`.
+// out = (x - mean) / √(variance + eps)·(1 + scale) + shift, for a row whose elements sum to `total`. The rows `next` and
+// `next_too`, which may be null, are fetched.
 template <class T>
-DSA_RT_INLINE void normalise(T* out, const T* x, const float* shift, const float* scale, float total, int64_t width,
-                             float eps) {
+DSA_RT_INLINE void normalise(T* out, bool streams, const T* x, const T* next, const T* next_too, const float* shift,
+                             const float* scale, float total, int64_t width, float eps) {
   const float middle = total / static_cast<float>(width);
-  const float variance = sum_of_squares(x, width, middle) / static_cast<float>(width);
+  const float variance = sum_of_squares(x, next, width, middle) / static_cast<float>(width);
   const Lanes mean = all(middle), factor = all(1.0f / sqrtf(variance + eps)), one = all(1.0f);
-  for_blocks(width, [&](int64_t i, auto block) {
+  put_row(out, streams, width, [&](int64_t i, auto block) {
+    if (next_too) fetch(next_too + i);
     const Lanes normed = (load(x + i, block) - mean) * factor;
-    store(out + i, normed * (one + load(scale + i, block)) + load(shift + i, block), block);
+    return normed * (one + load(scale + i, block)) + load(shift + i, block);
   });
 }
 
@@ -79,6 +93,7 @@ void norm_modulate(const NormModulateParams& p, int64_t begin, int64_t end) {
       const int64_t batch = i / p.active, token = i % p.active;
       const int64_t row = p.table_rows ? p.table_rows[token] : 0;
       const auto table = [&](const Modulation& m) { return m.data + batch * m.batch_stride + row * m.row_stride; };
+      const auto next = [&](const Rows& rows) { return flat_row<const T>(rows, p.active, i + 1 < end ? i + 1 : i); };
       const T* x = row_of<const T>(p.x, batch, token);
       float total;
       if (p.sum.data) {
@@ -88,15 +103,17 @@ void norm_modulate(const NormModulateParams& p, int64_t begin, int64_t end) {
       } else {
         total = sum_row(x, p.width);
       }
-      normalise(row_of<T>(p.out, batch, token), x, table(p.shift), table(p.scale), total, p.width, p.eps);
+      normalise(row_of<T>(p.out, batch, token), p.streams, x, next(p.x), p.sum.data ? next(p.y) : nullptr,
+                table(p.shift), table(p.scale), total, p.width, p.eps);
     }
   });
+  streams_end();
 }
 
 // 1 / √(mean of squares + eps)
 template <class T>
-DSA_RT_INLINE float rms_factor(const T* x, int64_t width, float eps) {
-  return 1.0f / sqrtf(sum_of_squares(x, width, 0.0f) / static_cast<float>(width) + eps);
+DSA_RT_INLINE float rms_factor(const T* x, const T* next, int64_t width, float eps) {
+  return 1.0f / sqrtf(sum_of_squares(x, next, width, 0.0f) / static_cast<float>(width) + eps);
 }
 
 void rms_norm(const RmsNormParams& p, int64_t begin, int64_t end) {
@@ -107,14 +124,15 @@ void rms_norm(const RmsNormParams& p, int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t batch = i / p.active, token = i % p.active;
         const T* x = row_of<const T>(p.x, batch, token);
-        T* out = row_of<T>(p.out, batch, token);
-        const Lanes factor = all(rms_factor(x, p.width, p.eps));
-        for_blocks(p.width, [&](int64_t c, auto block) {
-          store(out + c, load(x + c, block) * factor * load(weight + c, block), block);
+        const T* next = flat_row<const T>(p.x, p.active, i + 1 < end ? i + 1 : i);
+        const Lanes factor = all(rms_factor(x, next, p.width, p.eps));
+        put_row(row_of<T>(p.out, batch, token), p.streams, p.width, [&](int64_t c, auto block) {
+          return load(x + c, block) * factor * load(weight + c, block);
         });
       }
     });
   });
+  streams_end();
 }
 
 // A token's rotation laid out for elements in their order: (even, odd)·cos + (odd, even)·(-sin, sin).
@@ -133,15 +151,14 @@ struct Rotation {
 
 // Elements [first, first + count) of every head of a row: x·factor·weight, turned.
 template <class T, class W>
-DSA_RT_INLINE void turn_heads(T* out, int64_t head_stride, const T* x, const W* weight, float factor,
+DSA_RT_INLINE void turn_heads(T* out, bool streams, int64_t head_stride, const T* x, const W* weight, float factor,
                               const Rotation& rotation, int64_t heads, int64_t dim, int64_t first, int64_t count) {
   const Lanes scale = all(factor);
   for (int64_t head = 0; head < heads; ++head)
-    for_blocks(count, [&](int64_t i, auto block) {
+    put_row(out + head * head_stride + first, streams, count, [&](int64_t i, auto block) {
       const int64_t at = head * dim + first + i;
       const Lanes normed = load(x + at, block) * scale * load(weight + at, block);
-      store(out + head * head_stride + first + i,
-            normed * load(rotation.cos + i, block) + swap_pairs(normed) * load(rotation.sin + i, block), block);
+      return normed * load(rotation.cos + i, block) + swap_pairs(normed) * load(rotation.sin + i, block);
     });
 }
 
@@ -156,26 +173,27 @@ void qk_norm_rope_store(const QkNormRopeStoreParams& p, int64_t begin, int64_t e
         const int64_t batch = i / p.active, token = i % p.active;
         const int64_t slot = p.slots ? p.slots[token] : token;
         const T *q = row_of<const T>(p.q, batch, token), *k = row_of<const T>(p.k, batch, token);
-        const float q_factor = rms_factor(q, width, p.eps), k_factor = rms_factor(k, width, p.eps);
+        const auto next = [&](const Rows& rows) { return flat_row<const T>(rows, p.active, i + 1 < end ? i + 1 : i); };
+        const float q_factor = rms_factor(q, next(p.q), width, p.eps), k_factor = rms_factor(k, next(p.k), width, p.eps);
         for (int64_t first = 0; first < p.dim; first += Rotation::width) {
           const int64_t count = p.dim - first < Rotation::width ? p.dim - first : Rotation::width;
           const int64_t pair = (token * p.dim + first) / 2;
           rotation.set(p.cos + pair, p.sin + pair, count / 2);
-          turn_heads(row_of<T>(p.q_out, batch, token), p.q_out.head_stride, q, static_cast<const W*>(p.q_weight),
+          turn_heads(row_of<T>(p.q_out, batch, token), p.streams, p.q_out.head_stride, q, static_cast<const W*>(p.q_weight),
                      q_factor, rotation, p.heads, p.dim, first, count);
-          turn_heads(row_of<T>(p.k_cache, batch, slot), p.k_cache.head_stride, k, static_cast<const W*>(p.k_weight),
+          turn_heads(row_of<T>(p.k_cache, batch, slot), p.streams, p.k_cache.head_stride, k, static_cast<const W*>(p.k_weight),
                      k_factor, rotation, p.heads, p.dim, first, count);
         }
         const T* v = row_of<const T>(p.v, batch, token);
         T* kept = row_of<T>(p.v_cache, batch, slot);
-        if (p.v_cache.head_stride == p.dim)
-          memcpy(kept, v, static_cast<size_t>(width) * sizeof(T));
-        else
-          for (int64_t head = 0; head < p.heads; ++head)
-            memcpy(kept + head * p.v_cache.head_stride, v + head * p.dim, static_cast<size_t>(p.dim) * sizeof(T));
+        const int64_t runs = p.v_cache.head_stride == p.dim ? 1 : p.heads;
+        for (int64_t run = 0; run < runs; ++run)
+          move_row(kept + run * p.v_cache.head_stride, v + run * p.dim, next(p.v) + run * p.dim,
+                   width / runs * static_cast<int64_t>(sizeof(T)), p.streams);
       }
     });
   });
+  streams_end();
 }
 
 void pool_scores(const ConfidencePoolParams& p, float* scores, int64_t begin, int64_t end) {
@@ -189,7 +207,7 @@ void pool_scores(const ConfidencePoolParams& p, float* scores, int64_t begin, in
       for (int64_t i = begin; i < end; ++i) {
         const int64_t batch = i / p.active, token = i % p.active;
         const T* key = row_of<const T>(p.keys, batch, token);
-        const Lanes factor = all(rms_factor(key, width, p.eps));
+        const Lanes factor = all(rms_factor(key, flat_row<const T>(p.keys, p.active, i + 1 < end ? i + 1 : i), width, p.eps));
         for (int64_t head = 0; head < p.heads; ++head) {
           Lanes total = all(0.0f);
           for_blocks(p.dim, [&](int64_t d, auto block) {

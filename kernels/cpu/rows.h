@@ -12,6 +12,12 @@ T* row_of(const Rows& rows, int64_t batch, int64_t row) {
   return static_cast<T*>(rows.data) + batch * rows.batch_stride + row * rows.row_stride;
 }
 
+// Row `index` of batch·active.
+template <class T>
+T* flat_row(const Rows& rows, int64_t active, int64_t index) {
+  return row_of<T>(rows, index / active, index % active);
+}
+
 // Calls body(an element of that type).
 template <class Body>
 void with_type(Element element, Body body) {

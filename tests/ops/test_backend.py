@@ -89,6 +89,7 @@ def test_a_call_that_no_kernel_takes_goes_to_the_next_backend(monkeypatch: pytes
         raise _native.Unserved("too wide")
 
     monkeypatch.setattr(torch.ops.dsa_rt, "gather_rows", unserved)
+    monkeypatch.setitem(backend._DIRECT, "gather_rows", unserved)
     out, x, numbers = torch.zeros(1, 2, 3), torch.randn(1, 5, 3), torch.tensor([4, 0])
     rows.gather_rows(out, x, numbers)
     assert torch.equal(out, x[:, numbers])
