@@ -143,6 +143,7 @@ void weigh(const Work<V>& w, float* maximum, float* sum, int64_t rows, int64_t k
     auto* weights = reinterpret_cast<typename V::Unit*>(row);
     const auto shift = V::all(w.shift[r]);
     auto even = V::load(sum + r * V::lanes) * V::all(w.shrink[r]), odd = V::all(0.0f);
+#pragma GCC unroll 1  // GCC 12 unrolls it otherwise, which makes attention with bf16 dot products 6% slower
     for (int64_t i = 0; i < padded; i += 2 * V::lanes) {
       const auto a = V::exp2((V::load(row + i) - shift) * factor);
       const auto b = V::exp2((V::load(row + i + V::lanes) - shift) * factor);
