@@ -26,10 +26,11 @@ from dsa_rt.models.confidence import ConfidenceConfig, ConfidenceHead
 from dsa_rt.models.wan import WanConfig, WanModel
 from dsa_rt.policy import Records, fit_calibration, simulate
 from dsa_rt.progress import Event
+from dsa_rt.runtime import Runtime
 from dsa_rt.suite.clip import player
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench/ is no part of the package
-from bench import allocation, common, imports, memory, metrics, ops, pictures, quality, speed
+from bench import allocation, common, engine, imports, memory, metrics, ops, pictures, quality, speed
 from bench.evaluate import Job, evaluate_all
 from bench.prompts import held_out_cases
 from bench.recording import correlations, record_clip
@@ -296,6 +297,17 @@ def test_speed(bundle: Path, tmp_path: Path) -> None:
         assert fps == sorted(fps, reverse=True)
         assert row["first_frames_early"] and row["passes_before_first_frame"] == 0
         assert row["between_chunks_ms"]["n"] == 2 * (CHUNKS - 1)
+
+
+def test_engine(bundle: Path, many_step: Runtime, tmp_path: Path) -> None:
+    arguments = ["--bundle", str(bundle), "--many-step", str(many_step.bundle.path), "--runs", "1", "--policies", "dsa",
+                 "--many-step-policies", "hsa-25", "--out", str(tmp_path), "--quiet"]  # fmt: skip
+    assert engine.main(arguments) == 0
+    few, many = json.loads((tmp_path / "engine.json").read_text())["policies"].values()
+    assert [*few] == [row.name for row in engine.ROWS] and [*many] == ["called", "recorded"]
+    for table in (few, many):
+        first, *_ = table.values()
+        assert all(row["median"] > 0 for row in table.values()) and first["over_first"] == 1
 
 
 def test_memory(bundle: Path, tmp_path: Path) -> None:
