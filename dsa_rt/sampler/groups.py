@@ -50,7 +50,7 @@ class Groups:
         assert plan.policy is not None
         moving = np.setdiff1d(np.arange(plan.tokens), self._fixed)
         order = np.concatenate([self._fixed, plan.policy.order(plan, moving, self._seed, scores)])
-        self._order.copy_(torch.from_numpy(order))
+        self._order.copy_(torch.from_numpy(order), non_blocking=True)
         strengths = plan.policy.strengths(plan.steps)
         for group, rows in plan.layout:
             if group != CONDITIONS:

@@ -161,16 +161,19 @@ class Solver:
             if len(active.tokens):
                 on_pass(passes, None)
         self._mark_last()
-        spent = (clock.between(start, clock.mark()), 0.0)
-        return DenoisedChunk(0, self.frames, x, passes, (None,) * passes, None, lambda: spent)
+        end = clock.mark()
+        spent = lambda: (clock.between(start, end), 0.0)  # noqa: E731  # waits for the device
+        return DenoisedChunk(0, self.frames, x, passes, (None,) * passes, None, spent)
 
     def _prepare(self, step: int, active: ActiveSet, conditions: Conditions) -> None:
         """What the passes of a step read: input rows and the rows of their modulation."""
         first, stop = self._timesteps[int(step >= self.switch)]
         active.modulation_rows.fill_(step - first)
-        if conditions.fixed is not None and self.plan.is_full(step):  # they come first where tokens have groups
-            where = conditions.fixed if active is self.groups.dense else slice(conditions.count)
-            active.modulation_rows[where] = stop - first
+        if conditions.fixed is not None and self.plan.is_full(step):
+            if active is self.groups.dense:
+                active.modulation_rows.index_fill_(0, conditions.fixed, stop - first)
+            else:  # they come first where tokens have groups
+                active.modulation_rows[: conditions.count].fill_(stop - first)
         given, latents, extra = self._input(active), self._x, conditions.extra
         dense, count = active is self.groups.dense, len(active.tokens)
         if extra is None:
