@@ -34,7 +34,7 @@ const cpu::LayerKernels& cpu_kernels(const std::string& instruction_set) {
 // Below these, waking a thread costs more than it saves.
 constexpr int64_t row_work = 1 << 15;     // elements
 constexpr int64_t weight_work = 1 << 13;  // elements that take an exponential
-constexpr int64_t copy_work = 1 << 18;    // bytes
+constexpr int64_t copy_work = 1 << 20;    // bytes, some 10 µs
 
 int64_t grain_of(int64_t work, int64_t of_one) { return work / std::max<int64_t>(of_one, 1); }
 
