@@ -39,7 +39,7 @@ InstructionSet choose_instruction_set(const std::string& name) {
 
 int64_t last_cache() {
   static const int64_t found = [] {
-    int64_t bytes = 32 << 20;  // where the processor does not say; sysconf adds up caches that no core has to itself
+    const int64_t bytes = 32 << 20;  // where the processor does not say; sysconf adds up caches that no core has to itself
 #if defined(DSA_RT_X86)
     for (const unsigned leaf : {0x8000001Du, 4u}) {  // AMD's and Intel's, of one layout
       unsigned a = 0, b = 0, c = 0, d = 0;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace dsa_rt {
 
@@ -15,7 +16,10 @@ template <class Function>
 void parallel_for(int64_t total, int64_t grain, int threads, Function&& function) {
   parallel_ranges(
       total, grain, threads,
-      [](void* context, int64_t begin, int64_t end) { (*static_cast<Function*>(context))(begin, end); }, &function);
+      [](void* context, int64_t begin, int64_t end) {
+        (*static_cast<std::remove_reference_t<Function>*>(context))(begin, end);
+      },
+      &function);
 }
 
 // "openmp" where the process has an OpenMP runtime to borrow, else "threads".

@@ -34,7 +34,7 @@ const cpu::LayerKernels& cpu_kernels(const std::string& instruction_set) {
 // Below these, waking a thread costs more than it saves.
 constexpr int64_t row_work = 1 << 15;     // elements
 constexpr int64_t weight_work = 1 << 13;  // elements that take an exponential
-constexpr int64_t copy_work = 1 << 18;    // bytes
+constexpr int64_t copy_work = 1 << 20;    // bytes, some 10 µs
 
 int64_t grain_of(int64_t work, int64_t of_one) { return work / std::max<int64_t>(of_one, 1); }
 
@@ -361,16 +361,20 @@ class ConfidencePool {
     const auto& p = params_;
     const auto& kernels = cpu_kernels(launch.instruction_set);
     const int64_t width = p.heads * p.dim;
-    const auto count = static_cast<size_t>(p.batch * p.heads * p.active);
-    auto* scores = static_cast<float*>(thread_scratch(count * sizeof(float)));
-    if (!scores && p.batch) throw std::bad_alloc();
-    const auto split = [&](int64_t total, int64_t grain, auto kernel) {
-      parallel_for(total, grain, launch.threads, [&](int64_t begin, int64_t end) { kernel(p, scores, begin, end); });
+    const int64_t count = p.batch * p.heads * p.active;
+    auto* scores = static_cast<float*>(thread_scratch(static_cast<size_t>(count + width) * sizeof(float)));
+    if (!scores) throw std::bad_alloc();
+    float* query = scores + count;
+    kernels.pool_query(p, query);
+    const auto split = [&](int64_t total, int64_t grain, auto&& work) {
+      parallel_for(total, grain, launch.threads, work);
     };
-    split(p.batch * p.active, grain_of(row_work, width), kernels.pool_scores);
-    split(p.batch * p.heads, grain_of(weight_work, p.active), kernels.pool_weights);
+    split(p.batch * p.active, grain_of(row_work, width),
+          [&](int64_t begin, int64_t end) { kernels.pool_scores(p, query, scores, begin, end); });
+    split(p.batch * p.heads, grain_of(weight_work, p.active),
+          [&](int64_t begin, int64_t end) { kernels.pool_weights(p, scores, begin, end); });
     split(p.batch * cpu::pool_pieces(width), grain_of(row_work, p.active * p.heads * cpu::pool_channels / 4),
-          kernels.pool_tokens);
+          [&](int64_t begin, int64_t end) { kernels.pool_tokens(p, scores, begin, end); });
   }
 
   Signature op_;

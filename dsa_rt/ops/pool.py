@@ -20,7 +20,7 @@ def confidence_pool(
 
     out [B, H, C] and query [H, D] fp32, contiguous; keys, tokens [B, A, C], fp32 or bf16 alike, A at least 1, the last
     dimension contiguous; key_weight [C] fp32 or bf16. fp32 throughout; natively the bits depend neither on the number
-    of threads nor on the instruction set.
+    of threads nor on other samples of the batch, but may differ in the last place between instruction sets.
 
     Raises :class:`dsa_rt.errors.ShapeError` for a wrong shape, dtype, device, stride or overlap of the output with
     another argument, before anything is written, and :class:`dsa_rt.errors.OptionError` for a ``backend`` that cannot

@@ -1,6 +1,6 @@
 // Thirty-two fp32 numbers in the widest vectors of a translation unit's instruction set, through the compiler's vector
-// types. Every operation is rounded by itself and sums have one order, so that kernels written over Lanes have the same
-// bits on every instruction set. Internal linkage: see philox.h.
+// types. Every operation but multiply_add is rounded by itself and sums have one order, so that kernels written over Lanes
+// without it have the same bits on every instruction set. Internal linkage: see philox.h.
 #pragma once
 
 #include <utility>
@@ -78,6 +78,20 @@ DSA_RT_INLINE Lanes operator*(const Lanes& a, const Lanes& b) {
   return each_part([&](int i) { return a.part[i] * b.part[i]; });
 }
 
+// a·b + c, rounded once where the instruction set has that: the one operation whose bits depend on it.
+DSA_RT_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+DSA_RT_INLINE Lanes multiply_add(const Lanes& a, const Lanes& b, const Lanes& c) {
+  return each_part([&](int i) { return multiply_add(a.part[i], b.part[i], c.part[i]); });
+}
+
 // The larger of two numbers, b where one is NaN.
 DSA_RT_INLINE Lanes larger(const Lanes& a, const Lanes& b) {
   return each_part([&](int i) { return a.part[i] > b.part[i] ? a.part[i] : b.part[i]; });
@@ -128,23 +142,26 @@ struct Some {
   int64_t count;
 };
 
+DSA_RT_INLINE Floats load_vector(const float* p) {
+  Floats values;
+  memcpy(&values, p, sizeof values);
+  return values;
+}
+DSA_RT_INLINE Floats load_vector(const BFloat16* p) {
+  Halves halves;
+  memcpy(&halves, p, sizeof halves);
+  return (Floats)(widen(halves) << 16);
+}
+
 DSA_RT_INLINE Lanes load(const float* p, Whole) {
-  return each_part([&](int i) {
-    Floats values;
-    memcpy(&values, p + i * vector_floats, sizeof values);
-    return values;
-  });
+  return each_part([&](int i) { return load_vector(p + i * vector_floats); });
 }
 DSA_RT_INLINE Lanes load(const BFloat16* p, Whole) {
 #if defined(__AVX512F__)
   const __m512i halves = _mm512_loadu_si512(p);
   return {{upper_halves<0>(halves, all_halves), upper_halves<16>(halves, all_halves)}};
 #else
-  return each_part([&](int i) {
-    Halves halves;
-    memcpy(&halves, p + i * vector_floats, sizeof halves);
-    return (Floats)(widen(halves) << 16);
-  });
+  return each_part([&](int i) { return load_vector(p + i * vector_floats); });
 #endif
 }
 // Lanes that do not exist get `missing`.
@@ -274,10 +291,10 @@ inline void store_rounded(BFloat16* p, const Lanes& value, Some block) {
   for (int64_t l = 0; l < block.count; ++l) p[l] = values[l];
 }
 
-// Asks for the memory of 32 elements that will be read soon; it need not be there.
-template <class T>
+// Asks for the memory of elements that will be read soon; it need not be there.
+template <int count = Lanes::count, class T>
 DSA_RT_INLINE void fetch(const T* p) {
-  for (size_t byte = 0; byte < Lanes::count * sizeof(T); byte += 64) __builtin_prefetch((const char*)p + byte);
+  for (size_t byte = 0; byte < count * sizeof(T); byte += 64) __builtin_prefetch((const char*)p + byte);
 }
 
 // Calls body(first element, Whole or Some) for the blocks of a row.

@@ -46,16 +46,17 @@ DSA_RT_INLINE float sum_of_squares(const T* x, const T* next, int64_t width, flo
   return sum(total);
 }
 
-// out = (x - mean) / √(variance + eps)·(1 + scale) + shift, for a row whose elements sum to `total`. The rows `next` and
-// `next_too`, which may be null, are fetched.
+struct Moments {
+  float mean, variance;
+};
+
+// out = (x - mean) / √(variance + eps)·(1 + scale) + shift. Meanwhile the row `next`, unless it is null, is fetched.
 template <class T>
-DSA_RT_INLINE void normalise(T* out, bool streams, const T* x, const T* next, const T* next_too, const float* shift,
-                             const float* scale, float total, int64_t width, float eps) {
-  const float middle = total / static_cast<float>(width);
-  const float variance = sum_of_squares(x, next, width, middle) / static_cast<float>(width);
-  const Lanes mean = all(middle), factor = all(1.0f / sqrtf(variance + eps)), one = all(1.0f);
+DSA_RT_INLINE void normalise(T* out, bool streams, const T* x, const T* next, const float* shift, const float* scale,
+                             Moments of, int64_t width, float eps) {
+  const Lanes mean = all(of.mean), factor = all(1.0f / sqrtf(of.variance + eps)), one = all(1.0f);
   put_row(out, streams, width, [&](int64_t i, auto block) {
-    if (next_too) fetch(next_too + i);
+    if (next) fetch(next + i);
     const Lanes normed = (load(x + i, block) - mean) * factor;
     return normed * (one + load(scale + i, block)) + load(shift + i, block);
   });
@@ -86,6 +87,30 @@ DSA_RT_INLINE float sum_row(const T* x, int64_t width) {
   return sum(total);
 }
 
+// The mean is known; `next` is fetched.
+template <class T>
+DSA_RT_INLINE Moments moments_about(float mean, const T* x, const T* next, int64_t width) {
+  return {mean, sum_of_squares(x, next, width, mean) / static_cast<float>(width)};
+}
+
+// Both in one pass, about the mean of four elements: Σd² - (Σd)²/C loses nothing where that is near the mean of the row,
+// within two standard deviations. Where it is not, there are two passes.
+template <class T>
+DSA_RT_INLINE Moments moments(const T* x, const T* next, int64_t width) {
+  const float pivot = 0.25f * (load(x) + load(x + width / 4) + load(x + width / 2) + load(x + width / 4 * 3));
+  const Lanes subtract = all(pivot);
+  Lanes total = all(0.0f), squares = all(0.0f);
+  for_blocks(width, [&](int64_t i, auto block) {
+    const Lanes distance = load(x + i, block, pivot) - subtract;
+    total = total + distance;
+    squares = squares + distance * distance;
+    fetch(next + i);
+  });
+  const float count = static_cast<float>(width), away = sum(total) / count, variance = sum(squares) / count - away * away;
+  if (away * away <= 4.0f * variance) return {pivot + away, variance};
+  return moments_about(sum_row(x, width) / count, x, next, width);
+}
+
 void norm_modulate(const NormModulateParams& p, int64_t begin, int64_t end) {
   with_type(p.x.element, [&](auto type) {
     using T = decltype(type);
@@ -95,16 +120,18 @@ void norm_modulate(const NormModulateParams& p, int64_t begin, int64_t end) {
       const auto table = [&](const Modulation& m) { return m.data + batch * m.batch_stride + row * m.row_stride; };
       const auto next = [&](const Rows& rows) { return flat_row<const T>(rows, p.active, i + 1 < end ? i + 1 : i); };
       const T* x = row_of<const T>(p.x, batch, token);
-      float total;
+      Moments of;
       if (p.sum.data) {
         T* to = row_of<T>(p.sum, batch, token);
-        total = add_row(to, x, row_of<const T>(p.y, batch, token), p.gate.data ? table(p.gate) : nullptr, p.width);
+        const float total =
+            add_row(to, x, row_of<const T>(p.y, batch, token), p.gate.data ? table(p.gate) : nullptr, p.width);
+        of = moments_about(total / static_cast<float>(p.width), to, next(p.x), p.width);
         x = to;
       } else {
-        total = sum_row(x, p.width);
+        of = moments(x, next(p.x), p.width);
       }
-      normalise(row_of<T>(p.out, batch, token), p.streams, x, next(p.x), p.sum.data ? next(p.y) : nullptr,
-                table(p.shift), table(p.scale), total, p.width, p.eps);
+      normalise(row_of<T>(p.out, batch, token), p.streams, x, p.sum.data ? next(p.y) : nullptr, table(p.shift),
+                table(p.scale), of, p.width, p.eps);
     }
   });
   streams_end();
@@ -196,28 +223,42 @@ void qk_norm_rope_store(const QkNormRopeStoreParams& p, int64_t begin, int64_t e
   streams_end();
 }
 
-void pool_scores(const ConfidencePoolParams& p, float* scores, int64_t begin, int64_t end) {
+// query·weight / √D: what the scores need of both, and they need it for every token.
+void pool_query(const ConfidencePoolParams& p, float* query) {
+  const Lanes scale = all(static_cast<float>(1.0 / sqrt(static_cast<double>(p.dim))));
+  with_type(p.weight_element, [&](auto weight_type) {
+    const auto* weight = static_cast<const decltype(weight_type)*>(p.key_weight);
+    for_blocks(p.heads * p.dim, [&](int64_t i, auto block) {
+      store(query + i, load(p.query + i, block) * load(weight + i, block) * scale, block);
+    });
+  });
+}
+
+// The factor of a key's norm stands before the sum over its channels, so that one pass makes both.
+void pool_scores(const ConfidencePoolParams& p, const float* query, float* scores, int64_t begin, int64_t end) {
   const int64_t width = p.heads * p.dim;
-  const float scale = static_cast<float>(1.0 / sqrt(static_cast<double>(p.dim)));
   with_type(p.keys.element, [&](auto type) {
     using T = decltype(type);
-    with_type(p.weight_element, [&](auto weight_type) {
-      using W = decltype(weight_type);
-      const W* weight = static_cast<const W*>(p.key_weight);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t batch = i / p.active, token = i % p.active;
-        const T* key = row_of<const T>(p.keys, batch, token);
-        const Lanes factor = all(rms_factor(key, flat_row<const T>(p.keys, p.active, i + 1 < end ? i + 1 : i), width, p.eps));
-        for (int64_t head = 0; head < p.heads; ++head) {
-          Lanes total = all(0.0f);
-          for_blocks(p.dim, [&](int64_t d, auto block) {
-            const int64_t at = head * p.dim + d;
-            total = total + load(p.query + at, block) * (load(key + at, block) * factor * load(weight + at, block));
-          });
-          scores[(batch * p.heads + head) * p.active + token] = sum(total) * scale;
-        }
+    for (int64_t i = begin; i < end; ++i) {
+      const T* key = flat_row<const T>(p.keys, p.active, i);
+      const T* next = flat_row<const T>(p.keys, p.active, i + 1 < end ? i + 1 : i);
+      float* score = scores + i / p.active * p.heads * p.active + i % p.active;
+      Lanes squares = all(0.0f);
+      for (int64_t head = 0; head < p.heads; ++head) {
+        Lanes total = all(0.0f), own = all(0.0f);  // of this head: chains of additions that do not wait for each other
+        for_blocks(p.dim, [&](int64_t d, auto block) {
+          const int64_t at = head * p.dim + d;
+          const Lanes value = load(key + at, block);
+          fetch(next + at);
+          total = multiply_add(load(query + at, block), value, total);
+          own = multiply_add(value, value, own);
+        });
+        squares = squares + own;
+        score[head * p.active] = sum(total);
       }
-    });
+      const float factor = 1.0f / sqrtf(sum(squares) / static_cast<float>(width) + p.eps);
+      for (int64_t head = 0; head < p.heads; ++head) score[head * p.active] *= factor;
+    }
   });
 }
 
@@ -238,70 +279,95 @@ void pool_weights(const ConfidencePoolParams& p, float* scores, int64_t begin, i
   }
 }
 
-// out[head, channel] of `count` heads over the tokens [first, last), given as rows of 32 channels; the first tokens
-// set it.
-template <int count, class Block>
-DSA_RT_INLINE void add_tokens(float* out, int64_t width, const float* weights, int64_t active, const float* tokens,
-                              int64_t first, int64_t last, Block block) {
-  Lanes total[count];
-#pragma GCC unroll 4
-  for (int h = 0; h < count; ++h) total[h] = all(0.0f);
-  for (int64_t a = first; a < last; ++a) {
-    const Lanes token = load(tokens + (a - first) * Lanes::count, Whole{});
-#pragma GCC unroll 4
-    for (int h = 0; h < count; ++h) total[h] = total[h] + all(weights[h * active + a]) * token;
+// Tokens are summed 128 at a time, then those sums: rounding errors grow with the length of a sum.
+constexpr int64_t pool_tokens_together = 128;
+// Channels and heads at a time: two vectors for each of as many heads as the registers hold.
+constexpr int pool_column = 2 * vector_floats, pool_heads_together = vector_floats == 16 ? 12 : 6;
+
+// out[head, channel] of `count` heads over `length` tokens, pool_column channels of each: their sum is added, or set.
+// Meanwhile the `ahead` tokens after those are fetched.
+template <int count, class T>
+DSA_RT_INLINE void add_tokens(float* out, int64_t width, const float* weights, int64_t active, const T* tokens,
+                              int64_t stride, int64_t length, int64_t ahead, bool set) {
+  Floats low[count], high[count];
+#pragma GCC unroll 12
+  for (int h = 0; h < count; ++h) low[h] = high[h] = Floats{};
+  for (int64_t a = 0; a < length; ++a) {
+    const T* token = tokens + a * stride;
+    const Floats first = load_vector(token), second = load_vector(token + vector_floats);
+    if (a < ahead) fetch<pool_column>(token + length * stride);
+#pragma GCC unroll 12
+    for (int h = 0; h < count; ++h) {
+      const Floats weight = all_of(weights[h * active + a]);
+      low[h] = multiply_add(weight, first, low[h]);
+      high[h] = multiply_add(weight, second, high[h]);
+    }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 12
   for (int h = 0; h < count; ++h) {
     float* to = out + h * width;
-    store(to, first ? load(to, block) + total[h] : total[h], block);
+    if (!set) {
+      low[h] = load_vector(to) + low[h];
+      high[h] = load_vector(to + vector_floats) + high[h];
+    }
+    memcpy(to, &low[h], sizeof(Floats));
+    memcpy(to + vector_floats, &high[h], sizeof(Floats));
   }
 }
 
-template <int n>
-struct Count {
-  static constexpr int value = n;
-};
+// Calls body(a constant n) for n of 1 to `most`.
+template <int most, class Body>
+DSA_RT_INLINE void with_count(int64_t n, Body body) {
+  if constexpr (most > 1)
+    if (n < most) return with_count<most - 1>(n, body);
+  body(std::integral_constant<int, most>{});
+}
 
-// Tokens are summed 128 at a time, then those sums: rounding errors grow with the length of a sum. Their channels are
-// laid out in panels of 32 first: where they lie, a few KB apart, each takes a page, and they share few sets of L1.
+// 128 tokens of a piece fit L2, and each of their lines is read once for as many heads as there are registers: no copy of
+// them has to be laid out for L1, where they, a few KB apart, would share few sets.
 void pool_tokens(const ConfidencePoolParams& p, const float* weights, int64_t begin, int64_t end) {
-  constexpr int64_t together = 128, panel = together * Lanes::count;
-  constexpr int group = vector_floats == 16 ? 4 : 2;  // heads whose sums fit the registers
   const int64_t width = p.heads * p.dim, pieces = pool_pieces(width);
-  alignas(64) float panels[pool_channels / Lanes::count * panel];
+  const int64_t passes = (p.heads + pool_heads_together - 1) / pool_heads_together;
+  const int64_t group = (p.heads + passes - 1) / passes;  // 40 heads are 4 times 10, not 12, 12, 12 and 4
   with_type(p.tokens.element, [&](auto type) {
     using T = decltype(type);
+    T rest[pool_tokens_together * pool_column];  // the last channels, where they are no whole column
+    float sums[pool_heads_together * pool_column];
     for (int64_t i = begin; i < end; ++i) {
       const int64_t batch = i / pieces, start = i % pieces * pool_channels;
       const int64_t channels = width - start < pool_channels ? width - start : pool_channels;
-      float* out = p.out + batch * p.heads * width + start;
-      for (int64_t first = 0; first < p.active; first += together) {
-        const int64_t last = p.active - first < together ? p.active : first + together;
-        for (int64_t a = first; a < last; ++a) {
-          const T* token = row_of<const T>(p.tokens, batch, a) + start;
-          for_blocks(channels, [&](int64_t c, auto block) {
-            store(panels + c / Lanes::count * panel + (a - first) * Lanes::count, load(token + c, block), Whole{});
-          });
+      for (int64_t first = 0; first < p.active; first += pool_tokens_together) {
+        const int64_t left = p.active - first;
+        const int64_t length = left < pool_tokens_together ? left : pool_tokens_together;
+        for (int64_t c = 0; c < channels; c += pool_column) {
+          const T* tokens = row_of<const T>(p.tokens, batch, first) + start + c;
+          const int64_t some = channels - c < pool_column ? channels - c : 0;
+          if (some)
+            for (int64_t a = 0; a < length; ++a)
+              for (int64_t k = 0; k < pool_column; ++k)
+                rest[a * pool_column + k] = k < some ? tokens[a * p.tokens.row_stride + k] : T{};
+          for (int64_t head = 0; head < p.heads; head += group) {
+            const int64_t row = batch * p.heads + head, heads = p.heads - head < group ? p.heads - head : group;
+            const float* weight = weights + row * p.active + first;
+            float* out = p.out + row * width + start + c;
+            with_count<pool_heads_together>(heads, [&](auto count) {
+              if (some)
+                add_tokens<count.value>(sums, pool_column, weight, p.active, rest, pool_column, length, 0, true);
+              else
+                add_tokens<count.value>(out, width, weight, p.active, tokens, p.tokens.row_stride, length,
+                                        head ? 0 : left - length, first == 0);
+            });
+            for (int64_t h = 0; some && h < heads; ++h)
+              for (int64_t k = 0; k < some; ++k)
+                out[h * width + k] = (first ? out[h * width + k] : 0.0f) + sums[h * pool_column + k];
+          }
         }
-        for_blocks(channels, [&](int64_t c, auto block) {
-          int64_t head = 0;
-          const auto add = [&](auto heads) {
-            add_tokens<heads.value>(out + head * width + c, width, weights + (batch * p.heads + head) * p.active,
-                                    p.active, panels + c / Lanes::count * panel, first, last, block);
-            head += heads.value;
-          };
-          while (head + group <= p.heads) add(Count<group>{});
-          if (p.heads - head == 3) add(Count<3>{});
-          if (p.heads - head == 2) add(Count<2>{});
-          if (p.heads - head == 1) add(Count<1>{});
-        });
       }
     }
   });
 }
 
-constexpr LayerKernels layer_kernels = {norm_modulate, rms_norm,     qk_norm_rope_store,
+constexpr LayerKernels layer_kernels = {norm_modulate, rms_norm,     qk_norm_rope_store, pool_query,
                                         pool_scores,   pool_weights, pool_tokens};
 
 }  // namespace

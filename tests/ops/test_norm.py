@@ -106,6 +106,25 @@ def test_rows_far_from_zero(path: str, rng: np.random.Generator) -> None:
 
 
 @dtypes
+@pytest.mark.parametrize("channels", [5, 96, 1000])
+def test_rows_whose_first_guess_of_the_mean_is_far_off(
+    path: str, dtype: torch.dtype, channels: int, rng: np.random.Generator
+) -> None:
+    """The kernels take the mean of four elements for a guess: other ones of any size, around where it is given up."""
+    away = torch.tensor([0.0, 1, 1.9, 2, 2.1, 2.5, 4, 30, 1e3, 1e5, -2, -300]) * (1 + 0.1 * random(rng, 12))
+    x = random(rng, 1, 12, channels)
+    for k in range(4):
+        x[0, :, channels // 4 * k] += away * (1 if k < 2 else 0.99)
+    x += random(rng, 1, 12, 1)
+    x = x.to(dtype)
+    shift, scale = random(rng, 1, 1, channels), random(rng, 1, 1, channels)
+    out = poison(1, 12, channels, dtype=dtype)
+    call(path, "norm_modulate", out, x, shift, scale, None, EPS)
+    near(out, x, shift, scale, torch.zeros(12, dtype=torch.int64))
+    assert not out.isnan().any()
+
+
+@dtypes
 def test_constant_rows(path: str, dtype: torch.dtype) -> None:
     """Without variance eps decides: nothing is divided by zero, and the shift is what is left."""
     shift, scale = torch.full((1, 1, 70), 0.375), torch.full((1, 1, 70), 2.0)
