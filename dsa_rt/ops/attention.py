@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dsa_rt.ops.backend import native, register, served
+from dsa_rt.ops.backend import native
+from dsa_rt.ops.dispatch import register, served
 from dsa_rt.reference import layers as reference
 
 register(

@@ -15,13 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, get_num_threads, is_grad_enabled
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
-from torch._C._autograd import _profiler_enabled
-from torch._C._functorch import peek_interpreter_stack as _functorch_stack
+from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from dsa_rt import trace
 from dsa_rt.errors import OptionError
 from dsa_rt.ops import choices, fused, triton
 
@@ -32,9 +28,7 @@ except ImportError as error:  # a source tree that was never built
         f"the native module dsa_rt._native cannot be imported ({error}); build it with 'pip install -e .'"
     ) from error
 
-_LIBRARY = torch.library.Library("dsa_rt", "DEF")
-_FOUND: dict[tuple[str, str, torch.dtype, str | None], tuple[object, list[Any]]] = {}  # see _candidates
-_DIRECT: dict[str, Callable[..., bool]] = {}  # op -> the native function for a call that needs no dispatcher
+_FOUND: dict[tuple[str, str, torch.dtype, str | None], tuple[object, list[Any]]] = {}  # see candidates
 _FLOATS = (torch.float32, torch.bfloat16)
 
 
@@ -195,23 +189,23 @@ def choose(op: str, device: str, dtype: torch.dtype, backend: str | None = None)
 
     With ``backend`` that one, or :class:`OptionError` with the reason why it cannot.
     """
-    return _candidates(op, device, dtype, backend)[0].backend
+    return candidates(op, device, dtype, backend)[0].backend
 
 
-def _candidates(op: str, device: str, dtype: torch.dtype, backend: str | None) -> list[Implementation]:
+def candidates(op: str, device: str, dtype: torch.dtype, backend: str | None) -> list[Implementation]:
     """What can serve such tensors, best first; one at least. Kept for as long as the op's row of the table is the same
     object."""
     asked = (op, device, dtype, backend)
     if is_dynamo_compiling():  # which does not compare tuples by identity
-        return _find_candidates(*asked)
+        return _find(*asked)
     row, found = _FOUND.get(asked, (None, []))
     if row is not IMPLEMENTATIONS[op]:
-        found = _find_candidates(*asked)
+        found = _find(*asked)
         _FOUND[asked] = IMPLEMENTATIONS[op], found
     return found
 
 
-def _find_candidates(op: str, device: str, dtype: torch.dtype, backend: str | None) -> list[Implementation]:
+def _find(op: str, device: str, dtype: torch.dtype, backend: str | None) -> list[Implementation]:
     implementations = IMPLEMENTATIONS[op]
     if backend is None:
         able = [i for i in implementations if i.passed_over(device, dtype) is None]
@@ -230,9 +224,11 @@ def _find_candidates(op: str, device: str, dtype: torch.dtype, backend: str | No
     raise OptionError(f"{op}: backend {backend!r} was asked for, but {nearest.refusal(device, dtype)}")
 
 
-def _by_measurement(op: str, decides: Tensor, call: tuple[Any, ...]) -> list[Implementation]:
-    """:func:`_candidates`, with the one first that the row for this call names, where there is such a row and that one
-    is among them. Remembered by shapes."""
+def for_call(op: str, decides: Tensor, call: tuple[Any, ...], backend: str | None) -> list[Implementation]:
+    """:func:`candidates` for a call, by device and dtype of ``decides``; unless one is asked for, that first which a row of
+    the table of measurements names for this call. Remembered by shapes."""
+    if backend is not None or decides.device.type not in MEASURED:
+        return candidates(op, decides.device.type, decides.dtype, backend)
     if torch.compiler.is_compiling():
         return _measured_first(op, decides, call)
     key = (op, decides.device, decides.dtype, *choices.shapes(op, call))
@@ -245,7 +241,7 @@ def _by_measurement(op: str, decides: Tensor, call: tuple[Any, ...]) -> list[Imp
 
 
 def _measured_first(op: str, decides: Tensor, call: tuple[Any, ...]) -> list[Implementation]:
-    able = _candidates(op, decides.device.type, decides.dtype, None)
+    able = candidates(op, decides.device.type, decides.dtype, None)
     row = choices.find(MEASURED, op, decides, call)
     return able if row is None else sorted(able, key=lambda i: i.backend != row.backend)
 
@@ -290,121 +286,3 @@ def _with_measured(found: Choice, dtype: torch.dtype) -> Choice:
         if not why_not:
             backends = [*backends, row.backend] if where else [row.backend]
     return Choice(found.op, found.device, " or ".join(dict.fromkeys(backends)), "; ".join(reasons))
-
-
-def register(schema: str, scratch: Callable[..., int] | None = None) -> None:
-    """Registers ``dsa_rt::<schema>``, served by the native function of that name: a mutating op, no result.
-
-    The schema's arguments are those of the native function, in its order. The fake does nothing, since
-    outputs are arguments: the op is opaque to ``torch.compile`` and stays in its graph. ``scratch``: of the same
-    arguments, how many fp32 numbers the function takes on CUDA as its argument ``scratch``.
-    """
-    name = schema.partition("(")[0]
-    function: Callable[..., None] = getattr(native, name)
-    on_cuda = function if scratch is None else _bringing_scratch(function, scratch)
-
-    def run_cpu(*arguments: Any) -> None:
-        function(*arguments, threads=get_num_threads())
-
-    def run_cuda(*arguments: Any) -> None:
-        with torch.cuda.device(arguments[0].device):
-            on_cuda(*arguments, stream=torch.cuda.current_stream().cuda_stream)
-
-    def fake(*arguments: Any) -> None:
-        return None
-
-    _DIRECT[name] = trace.named(name, getattr(native, f"direct_{name}"))
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, trace.named(name, run_cpu), "CPU")
-    if native.build_info()["cuda"]:
-        _LIBRARY.impl(name, trace.named(name, run_cuda), "CUDA")
-    torch.library.register_fake(f"dsa_rt::{name}", fake, lib=_LIBRARY)
-
-
-def _bringing_scratch(function: Callable[..., None], scratch: Callable[..., int]) -> Callable[..., None]:
-    """The function with scratch from the framework's allocator, which its caller need not know."""
-
-    def run(*arguments: Any, **options: Any) -> None:
-        count = scratch(*arguments)
-        memory = torch.empty(count, dtype=torch.float32, device=arguments[0].device) if count else None
-        function(*arguments, scratch=memory, **options)  # by name: the dispatcher leaves last arguments out
-
-    return run
-
-
-def _direct(
-    op: str, backend: str | None, decides: Tensor, tensors: tuple[Tensor | None, ...], others: tuple[Any, ...]
-) -> bool:
-    """Runs a call of the native CPU kernels without torch's dispatcher, which takes longer than small ops do. False,
-    and nothing done, where another backend serves it, or something sees calls in the dispatcher: tracing by Dynamo or
-    ``torch.jit``, a mode, functorch, a profiler, a subclass, or a gradient that is wanted."""
-    if (
-        is_dynamo_compiling()
-        or _len_torch_dispatch_stack()
-        or _len_torch_function_stack()
-        or _functorch_stack() is not None
-        or _get_tracing_state() is not None
-        or _profiler_enabled()
-        or not isinstance(decides, Tensor)
-        or not decides.is_cpu
-        or "cpu" in MEASURED
-    ):
-        return False
-    try:
-        first = _candidates(op, "cpu", decides.dtype, backend)[0]
-    except OptionError:  # what is wrong with the tensors comes first
-        return False
-    if first.backend != "native" or first.refuses is not None:
-        return False
-    try:
-        return _DIRECT[op](*tensors, *others, get_num_threads(), is_grad_enabled())
-    except native.Unserved:
-        return False
-
-
-def served(
-    op: str, backend: str | None, decides: Tensor, tensors: tuple[Tensor | None, ...], *others: Any
-) -> bool:
-    """Runs the call in the backend of choice; where that is the definition, checks it, for the caller to run.
-
-    The choice goes by device and dtype of ``decides``; ``tensors``, all on one device, and ``others``, among which
-    tensors are on the CPU, are in the order of the schema.
-    """
-    if _direct(op, backend, decides, tensors, others):
-        return True
-    # What is no tensor, or on another device, goes to the check, which says so: the dispatcher would complain
-    # in its own words, or take a kernel by one tensor of many.
-    uniform = isinstance(decides, Tensor) and all(
-        t is None or (isinstance(t, Tensor) and t.device == decides.device) for t in tensors
-    )
-    uniform = uniform and all(not isinstance(t, Tensor) or t.is_cpu for t in others)
-    if uniform and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise OptionError(f"{op}: not differentiable; use torch.no_grad(), or dsa_rt.reference to train")
-    call = (*tensors, *others)
-    if not uniform:
-        getattr(native, f"check_{op}")(*call)
-        return False
-    if backend is None and decides.device.type in MEASURED:
-        candidates = _by_measurement(op, decides, call)
-    else:
-        candidates = _candidates(op, decides.device.type, decides.dtype, backend)
-    for chosen in candidates:
-        why_not = None if chosen.refuses is None else chosen.refuses(*call)
-        if why_not is not None:
-            if chosen is candidates[-1]:
-                raise OptionError(f"{op}: backend {chosen.backend!r} has no kernel for this: {why_not}")
-        elif chosen.backend == "native":
-            try:
-                getattr(torch.ops.dsa_rt, op)(*call)
-                return True
-            except native.Unserved:
-                if chosen is candidates[-1]:
-                    raise
-        else:
-            if not torch.compiler.is_compiling():
-                getattr(native, f"check_{op}")(*call)
-            if chosen.run is None:
-                return False
-            chosen.run(*call)
-            return True
-    raise AssertionError("the last candidate serves the call or says why not")

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsa_rt.errors import OptionError, ShapeError
-from dsa_rt.ops.backend import native, register, served
+from dsa_rt.ops.backend import native
+from dsa_rt.ops.dispatch import register, served
 from dsa_rt.reference import layers as reference
 
 register("linear(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, str activation, str layout) -> ()")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dsa_rt.ops.backend import register, served
+from dsa_rt.ops.dispatch import register, served
 from dsa_rt.reference import layers as reference
 
 register("norm_modulate(Tensor(a!) out, Tensor x, Tensor shift, Tensor scale, Tensor? rows, float eps) -> ()")

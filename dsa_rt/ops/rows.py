@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsa_rt.ops.backend import register, served
+from dsa_rt.ops.dispatch import register, served
 from dsa_rt.reference import layers as reference
 
 register("gather_rows(Tensor(a!) out, Tensor x, Tensor rows) -> ()")

@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dsa_rt import reference
-from dsa_rt.ops.backend import register, served
+from dsa_rt.ops.dispatch import register, served
 
 register("philox_normal(Tensor(a!) out, Tensor seeds, Tensor tokens, int draw) -> ()")
 register(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsa_rt import _native
 from dsa_rt.errors import OptionError, ShapeError
-from dsa_rt.ops import backend, rows, step, triton
+from dsa_rt.ops import backend, dispatch, rows, step, triton
 from dsa_rt.ops.backend import IMPLEMENTATIONS, choose
 
 FP8 = ("quantize_rows", "active_attention_fp8")
@@ -89,7 +89,7 @@ def test_a_call_that_no_kernel_takes_goes_to_the_next_backend(monkeypatch: pytes
         raise _native.Unserved("too wide")
 
     monkeypatch.setattr(torch.ops.dsa_rt, "gather_rows", unserved)
-    monkeypatch.setitem(backend._DIRECT, "gather_rows", unserved)
+    monkeypatch.setitem(dispatch._DIRECT, "gather_rows", unserved)
     out, x, numbers = torch.zeros(1, 2, 3), torch.randn(1, 5, 3), torch.tensor([4, 0])
     rows.gather_rows(out, x, numbers)
     assert torch.equal(out, x[:, numbers])
@@ -178,7 +178,7 @@ def test_scratch_is_brought_to_the_argument_of_its_name() -> None:
     def numbers(out: Tensor, segments: Tensor | None = None) -> int:
         return 6 if segments is None else 0
 
-    bringing = backend._bringing_scratch(function, numbers)
+    bringing = dispatch._bringing_scratch(function, numbers)
     library = torch.library.Library("dsa_rt_scratch_test", "DEF")
     library.define("op(Tensor(a!) out, Tensor? segments=None) -> ()")
     library.impl("op", lambda *arguments: bringing(*arguments, stream=7), "CPU")

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsa_rt.errors import ShapeError
-from dsa_rt.ops import backend, layers, rows
+from dsa_rt.ops import backend, dispatch, layers, rows
 
 Call = tuple[Tensor, Tensor, Tensor]
 
@@ -30,13 +30,13 @@ def call() -> Call:
 def direct(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each call of gather_rows that came to the native function without the dispatcher was run by it."""
     answers: list[bool] = []
-    real = backend._DIRECT["gather_rows"]
+    real = dispatch._DIRECT["gather_rows"]
 
     def watched(*arguments: Any) -> bool:
         answers.append(real(*arguments))
         return answers[-1]
 
-    monkeypatch.setitem(backend._DIRECT, "gather_rows", watched)
+    monkeypatch.setitem(dispatch._DIRECT, "gather_rows", watched)
     return answers
 
 
@@ -156,7 +156,7 @@ def test_models_ask_for_a_kernel_of_the_table_as_it_is(monkeypatch: pytest.Monke
     expected = layers.rms_norm(x, weight, 1e-6)
     assert backend.choose("rms_norm", "cpu", torch.float32) == "native"
     monkeypatch.setitem(backend.IMPLEMENTATIONS, "rms_norm", (backend.Implementation("torch"),))
-    monkeypatch.setitem(backend._DIRECT, "rms_norm", lambda *_: pytest.fail("native is not in the table"))
+    monkeypatch.setitem(dispatch._DIRECT, "rms_norm", lambda *_: pytest.fail("native is not in the table"))
     assert backend.choose("rms_norm", "cpu", torch.float32) == "torch"
     assert torch.allclose(layers.rms_norm(x, weight, 1e-6), expected, atol=1e-6)
     monkeypatch.undo()
