@@ -225,8 +225,8 @@ def _find(op: str, device: str, dtype: torch.dtype, backend: str | None) -> list
 
 
 def for_call(op: str, decides: Tensor, call: tuple[Any, ...], backend: str | None) -> list[Implementation]:
-    """:func:`candidates` for a call, by device and dtype of ``decides``; unless one is asked for, that first which a row of
-    the table of measurements names for this call. Remembered by shapes."""
+    """:func:`candidates` for a call, by device and dtype of ``decides``. Unless one is asked for, that comes first
+    which a row of the table of measurements names for this call. Remembered by shapes."""
     if backend is not None or decides.device.type not in MEASURED:
         return candidates(op, decides.device.type, decides.dtype, backend)
     if torch.compiler.is_compiling():
