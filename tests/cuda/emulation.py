@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_uint8, c_uint32, c_void_p
+from ctypes import POINTER, Structure, c_bool, c_float, c_int, c_int32, c_int64, c_uint8, c_uint32, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +63,14 @@ class NormModulateParams(Structure):
         *((name, Rows) for name in ("out", "x", "sum", "y")),
         *((name, Modulation) for name in ("gate", "shift", "scale")),
         ("table_rows", c_void_p), *((name, c_int64) for name in ("table_length", "batch", "active", "width")),
-        ("eps", c_float),
+        ("eps", c_float), ("streams", c_bool),
     ]  # fmt: skip
 
 
 class RmsNormParams(Structure):
     _fields_ = [
         ("out", Rows), ("x", Rows), ("weight", c_void_p), ("weight_element", c_int),
-        *((name, c_int64) for name in ("batch", "active", "width")), ("eps", c_float),
+        *((name, c_int64) for name in ("batch", "active", "width")), ("eps", c_float), ("streams", c_bool),
     ]  # fmt: skip
 
 
@@ -80,6 +80,7 @@ class QkNormRopeStoreParams(Structure):
         ("q_weight", c_void_p), ("k_weight", c_void_p), ("weight_element", c_int),
         *((name, c_void_p) for name in ("cos", "sin", "slots")),
         *((name, c_int64) for name in ("batch", "active", "heads", "dim", "cache_rows")), ("eps", c_float),
+        ("streams", c_bool),
     ]  # fmt: skip
 
 
@@ -87,7 +88,7 @@ class MoveRowsParams(Structure):
     _fields_ = [
         ("out", c_void_p), ("from", c_void_p),
         *((name, c_int64) for name in ("out_batch", "out_row", "from_batch", "from_row")), ("rows", c_void_p),
-        *((name, c_int64) for name in ("batch", "active", "all_rows", "row_bytes")),
+        *((name, c_int64) for name in ("batch", "active", "all_rows", "row_bytes")), ("streams", c_bool),
     ]  # fmt: skip
 
 
