@@ -71,11 +71,12 @@ def test_every_part_counts(many_step: Runtime) -> None:
 
 
 def test_near_the_run_in_the_dtype_of_the_model() -> None:
-    """The demo's weights: frames and latents of FP8 storage at 40 dB or more, of host storage bit for bit."""
+    """The demo's weights under strong guidance: frames and latents of FP8 storage at 41 dB or more, of host storage bit
+    for bit. Were full passes to read rounded rows too, frames would be at 39.9."""
     runtime = load("demo-many-step", dtype="fp32")
     videos = {}
     for storage in STORAGES:
-        generate = runtime.compile(frames=9, policy=POLICY, kv_storage=storage)
+        generate = runtime.compile(frames=33, policy=POLICY, kv_storage=storage, guidance_scale=6)
         video = generate("a red square bouncing, a blue circle at rest", 5)
         assert not isinstance(video, list) and video.latents is not None
         videos[storage] = (video.frames.double(), video.latents.double())
@@ -83,7 +84,7 @@ def test_near_the_run_in_the_dtype_of_the_model() -> None:
         assert torch.equal(host, exact)
         peak = peak or float(exact.max() - exact.min())
         error = float((fp8 - exact).square().mean())
-        assert 0 < error <= peak**2 / 10**4, 10 * torch.log10(torch.tensor(peak**2 / error))
+        assert 0 < error <= peak**2 / 10**4.1, 10 * torch.log10(torch.tensor(peak**2 / error))
 
 
 @pytest.fixture

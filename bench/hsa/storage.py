@@ -28,7 +28,6 @@ from bench.metrics import mean_squared_error, psnr
 from bench.prompts import held_out_cases
 from dsa_rt.machine import peak_memory
 from dsa_rt.policy import HSA, parse_policy
-from dsa_rt.progress import Event
 from dsa_rt.sync import STORAGES
 
 POLICIES = ("hsa-50", "hsa-25", "hsa-75a")
@@ -39,31 +38,27 @@ RETURNING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536
 INCLUDES = [
     "PSNR: frames (peak 255) and latents (peak: the range of the reference) of whole runs against the same policy, "
     "prompt and seed with K/V in the model's dtype; the smallest over clips",
-    "memory: highest resident size of a fresh process over its second clip (sampling: until the last pass), less what "
-    "it held before that beside weights: interpreter, torch, and what these keep once a clip has run",
+    "memory: highest resident size of a fresh process over its second compile and clip, "
+    "less what it held before that beside weights: interpreter, torch, and what these keep once a clip has run",
     "as it comes: glibc keeps part of what is freed; the other figures are with "
     f"{' '.join(f'{name}={value}' for name, value in RETURNING.items())}, so that freed memory goes back at once",
 ]
 
 
 def resident(bundle: str, dtype: str, threads: int, storage: str, size: list[int]) -> dict[str, Any]:
-    """Megabytes, JSON-ready: ``before`` (interpreter, torch), ``sampling``, ``whole`` beside them; the plan."""
+    """Megabytes, JSON-ready: ``before`` (interpreter, torch), ``whole`` beside that; the plan."""
     torch.set_num_threads(threads)
     runtime = dsa_rt.load(bundle, dtype=dtype, verify_hashes=False)
     generate = runtime.compile(*size, policy=PLANNED, kv_storage=storage)
     prompt, plan = held_out_cases(1)[0].prompt, generate.plan
-    peaks: dict[str, int] = {}
-
-    def note(event: Event) -> None:
-        peaks[event.kind] = peak_memory() or 0
-
     generate(prompt, 0)
+    del generate
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = resident_bytes() - plan.weights
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
-    generate(prompt, 0, note)
-    taken = {"sampling": peaks["pass"] - before, "whole": (peak_memory() or 0) - before, "before": before}
+    runtime.compile(*size, policy=PLANNED, kv_storage=storage)(prompt, 0)
+    taken = {"whole": (peak_memory() or 0) - before, "before": before}
     parts = {name: part / MEGABYTE for name, part in plan.to_dict().items() if isinstance(part, int)}
     return {name: amount / MEGABYTE for name, amount in taken.items()} | {"planned": parts}
 
@@ -78,11 +73,9 @@ def measured(options: Namespace, storage: str, size: Sequence[int]) -> dict[str,
         for more in (RETURNING, {})
     )
     planned = found["planned"]
-    sampling = sum(planned[part] for part in ("weights", "kv_cache", "velocities", "activations"))
     return found | {
-        "size": size, "storage": storage, "planned_sampling": sampling,
-        "sampling_of_plan": found["sampling"] / sampling,
-        "whole_of_plan": found["whole"] / planned["total"], "whole_as_it_comes": default["whole"] / planned["total"],
+        "size": size, "storage": storage, "whole_of_plan": found["whole"] / planned["total"],
+        "whole_as_it_comes": default["whole"] / planned["total"],
     }  # fmt: skip
 
 
@@ -127,18 +120,17 @@ def main(options: Namespace) -> int:
     memory = [measured(options, kind, size) for size, kind in tqdm(asked, desc="memory", unit="run", disable=quiet)]
     body = [
         ["{}x{}, {} frames, ".format(*run["size"]) + run["storage"], common.figure(run["before"]),
-         common.figure(run["planned_sampling"]), common.figure(run["sampling_of_plan"], 3),
          common.figure(run["planned"]["total"]), common.figure(run["whole_of_plan"], 3),
          common.figure(run["whole_as_it_comes"], 3)] for run in memory
     ]  # fmt: skip
-    header = ["run", "before MB", "sampling MB", "taken of it", "whole MB", "taken of it", "as it comes"]
+    header = ["run", "before MB", "planned MB", "taken of it", "as it comes"]
     print(f"\n{PLANNED}: planned memory, and what was taken of it\n\n{common.table(header, body)}")
     print(*(f"- {line}" for line in INCLUDES), sep="\n")
     result |= {"clips": options.prompts, "psnr": found, "memory": memory}
     print("written:", common.show_path(common.write_json(options.out, "hsa-storage.json", result)))
     near = all(row[key] >= LEAST for rows in found.values() for kinds in rows.values() for row in kinds.values()
                for key in row)  # fmt: skip
-    fits = all(abs(run[key] - 1) <= SLACK for run in memory for key in ("sampling_of_plan", "whole_of_plan"))
+    fits = all(abs(run["whole_of_plan"] - 1) <= SLACK for run in memory)
     return 0 if near and fits else 1
 
 
