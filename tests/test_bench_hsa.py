@@ -386,4 +386,4 @@ def test_storage(bundle: Path, tmp_path: Path) -> None:
         assert all(20 < decibels < 100 for decibels in row["fp8"].values())
     (run,) = result["memory"]
     assert run["storage"] == "fp8" and run["before"] > 20 and run["whole_as_it_comes"] > 0
-    assert 0 < run["whole"] and run["before"] > 50
+    assert run["whole"] > 0 and run["before"] > 50
