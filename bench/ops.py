@@ -107,10 +107,13 @@ def measure(name: str, shape: tuple[int, ...], dtype: torch.dtype, samples: int)
     """Microseconds of each way, and GB/s of the native one beside a copy that moves as many bytes."""
     op = (OPS | LAYER_OPS)[name](shape, dtype)
     check(op, name)
-    source = torch.empty(max(op.bytes // 2, 1), dtype=torch.uint8)
+    source = torch.ones(max(op.bytes // 2, 1), dtype=torch.uint8)  # written: else all of it is one page of zeros
     target = torch.empty_like(source)
-    copy = seconds(lambda: target.copy_(source), samples)
-    native, definition, by_hand = (seconds(run, samples) for run in (op.native, op.definition, op.torch))
+    ways: dict[str, Callable[[], object]] = {
+        "copy": lambda: target.copy_(source), "native": op.native, "torch": op.torch
+    }  # fmt: skip
+    copy, native, by_hand = in_turn(ways, samples).values()
+    definition = seconds(op.definition, samples)
     return {
         "bytes": op.bytes, "native_us": 1e6 * native, "definition_us": 1e6 * definition,
         "torch_us": 1e6 * by_hand,
