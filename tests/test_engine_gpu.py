@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsa_rt.generate import Generate
 from dsa_rt.media import Video
 from dsa_rt.runtime import Runtime, load
 from dsa_rt.sampler.rollout import advance
@@ -28,9 +29,8 @@ def whole(many_step: Runtime) -> Runtime:
     return load(many_step.bundle.path, "cuda", "fp32")
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 6}, {"window": 5, "sink": 1}])
-def test_samples_are_those_of_the_cpu(runtime: Runtime, causal: Runtime, options: dict[str, int]) -> None:
-    here, there = (r.compile(policy="fixed-3", **options) for r in (runtime, causal))
+def alike(here: Generate, there: Generate) -> None:
+    """The samples of the CPU, and the same bits again."""
     for seed, prompt in enumerate(PROMPTS):
         made, expected = here(prompt, seed), there(prompt, seed)
         assert isinstance(made, Video) and isinstance(expected, Video)
@@ -38,6 +38,12 @@ def test_samples_are_those_of_the_cpu(runtime: Runtime, causal: Runtime, options
         torch.testing.assert_close(made.latents.cpu(), expected.latents, rtol=1e-3, atol=1e-3)
         again = here(prompt, seed)
         assert isinstance(again, Video) and torch.equal(again.frames, made.frames)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 6}, {"window": 5, "sink": 1}])
+def test_samples_are_those_of_the_cpu(runtime: Runtime, causal: Runtime, options: dict[str, int]) -> None:
+    here, there = (r.compile(policy="fixed-3", **options) for r in (runtime, causal))
+    alike(here, there)
 
 
 def test_passes_are_graphs_and_none_is_captured_later(runtime: Runtime) -> None:
@@ -82,19 +88,13 @@ def test_company_changes_a_clip_by_rounding_alone(runtime: Runtime) -> None:
 
 @pytest.mark.parametrize("policy", ["dense", "hsa-50:selection=random", "hsa-25", "window-75"])
 def test_many_step_samples_are_those_of_the_cpu(whole: Runtime, many_step: Runtime, policy: str) -> None:
-    """As graphs, none of which is captured later, and the same bits again."""
+    """As graphs, none of which is captured later."""
     here, there = (runtime.compile(policy=policy) for runtime in (whole, many_step))
     with here.workspace() as workspace:
         (solver,) = workspace.solvers.values()
     assert {recorded.kind for recorded, _ in solver.passes.values()} == {"graph"}
     before = set(solver.passes)
-    for seed, prompt in enumerate(PROMPTS):
-        made, expected = here(prompt, seed), there(prompt, seed)
-        assert isinstance(made, Video) and isinstance(expected, Video)
-        assert made.latents is not None and expected.latents is not None
-        torch.testing.assert_close(made.latents.cpu(), expected.latents, rtol=1e-3, atol=1e-3)
-        again = here(prompt, seed)
-        assert isinstance(again, Video) and torch.equal(again.frames, made.frames)
+    alike(here, there)
     assert set(solver.passes) == before
 
 
