@@ -21,6 +21,7 @@ from dsa_rt.arena import Arena
 from dsa_rt.cache import destination
 from dsa_rt.errors import OptionError
 from dsa_rt.host_rows import HostRows
+from dsa_rt.ops import layers as ops
 from dsa_rt.ops import rows as moves
 from dsa_rt.plan import ActiveSet
 from dsa_rt.policy.steps import StepPlan
@@ -35,8 +36,8 @@ def sync_caches(
 ) -> list[SyncCache]:  # fmt: skip
     """A cache for each guidance branch; none where no step of the plan is partial.
 
-    dtype: of the model, and of K and V as attention reads them. storage: one of :data:`STORAGES`. arena: where K/V in
-    the model's dtype lie, and what passes work in, of which caches take :func:`spare_bytes`.
+    dtype: of the model, and of K and V as attention reads them. storage: one of :data:`STORAGES`. arena: where K/V on
+    the device lie, and what passes work in, of which caches take :func:`spare_bytes`.
     """
     _check(storage)
     if not plan.kept_rows:
@@ -193,10 +194,10 @@ class Float8KV(SyncCache):
         for fresh, values, scales in zip(self._fresh, kept[:2], kept[2:], strict=True):
             rows = fresh[:, : len(active.tokens)]
             if active.slot_range is None:
-                moves.quantize_rows(values, scales, rows, active.slots)
+                ops.quantize_rows(values, scales, rows, active.slots)
             else:
                 begin, end = active.slot_range
-                moves.quantize_rows(values[:, begin:end], scales[:, begin:end], rows)
+                ops.quantize_rows(values[:, begin:end], scales[:, begin:end], rows)
         return self._fresh if len(active.tokens) == self.k.shape[2] else kept
 
 

@@ -11,9 +11,20 @@ from torch import Tensor
 
 from dsa_rt.errors import OptionError
 from dsa_rt.host_rows import HostRows
+from dsa_rt.ops import layers
 from dsa_rt.plan import ActiveSet, TokenGrid, frame_tokens
 from dsa_rt.policy import HSA, StepPlan
-from dsa_rt.sync import STORAGES, HostKV, SyncCache, spare_bytes, sync_bytes, sync_caches, sync_host_bytes
+from dsa_rt.reference import layers as reference
+from dsa_rt.sync import (
+    STORAGES,
+    Float8KV,
+    HostKV,
+    SyncCache,
+    spare_bytes,
+    sync_bytes,
+    sync_caches,
+    sync_host_bytes,
+)
 
 LAYERS, HEADS, HEAD_DIM = 3, 2, 5
 
@@ -208,6 +219,37 @@ def test_host_rows_are_fetched_one_layer_ahead(monkeypatch: pytest.MonkeyPatch) 
     assert run(0, 1) == attends([(1, 0)], [(2, 0)], [(0, 0)])
     assert run(0) == attends([(1, 0), (0, 1), (1, 1)], [(2, 0), (2, 1)], [(0, 0), (0, 1)])
     assert run(0, 1, 2) == attends([], [], [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fp8_in_every_dtype_of_a_model(dtype: torch.dtype) -> None:
+    """One rounding to E4M3 of the value over its row's scale, in layouts of any kind; attention to what that stands
+    for."""
+    plan = HSA(((0.3, 12), (0.3, 6), (0.4, 3)), window=1.0, selection="random").plan(12, 30, 5)
+    (cache,) = sync_caches(plan, 1, LAYERS, HEADS, HEAD_DIM, dtype, storage="fp8")
+    assert isinstance(cache, Float8KV)
+    held = torch.full((2, 1, 30, HEADS, HEAD_DIM), torch.nan)
+    for groups in ((0, 1, 2), (0, 2), (0,), (1,)):
+        here = [part for group, part in plan.layout if group in groups]
+        rows = torch.cat([torch.arange(part.start, part.stop) for part in here])
+        given = (30 * torch.randn(2, 1, len(rows), HEADS, HEAD_DIM)).to(dtype)
+        active = active_set(rows, tuple(here))
+        k, v, _ = cache.destination(1, active)
+        k.copy_(given[0])
+        v.copy_(given[1])
+        attended = cache.attended(1, active)
+        scale = given.float().abs().amax(-1, keepdim=True) / 448
+        held[:, :, rows] = (given.float() / scale).to(torch.float8_e4m3fn).float() * scale
+        if len(rows) == 30:
+            assert len(attended) == 2 and torch.equal(attended[0], given[0]) and torch.equal(attended[1], given[1])
+            continue
+        k, v, *scales = attended
+        for index, values in enumerate((k, v)):
+            assert torch.equal(values.float() * scales[index][..., None], held[index])
+        q = torch.randn(1, 7, HEADS, HEAD_DIM).to(dtype)
+        expected = reference.active_attention(q.float(), held[0], held[1])
+        error = (layers.active_attention(q, *attended).float() - expected).abs().max()
+        assert error <= (1e-4 if dtype == torch.float32 else 2e-2) * expected.abs().max()
 
 
 def test_storage_that_is_unknown() -> None:

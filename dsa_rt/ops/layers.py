@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dsa_rt.ops import attention, norm, pool, rope
 from dsa_rt.ops import linear as matmul
+from dsa_rt.ops import rows as moves
 from dsa_rt.ops.backend import choose, has_kernel
 from dsa_rt.reference import layers as reference
 
@@ -126,9 +127,11 @@ def active_attention(
     kernels take and for which they are the faster ones. segments: as there.
     """
     if k_scale is not None and v_scale is not None:
-        room = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-        attention.active_attention_fp8(room, q, k, v, k_scale, v_scale, segments=segments)
-        return room
+        if _has_kernel("active_attention_fp8", q):
+            room = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+            attention.active_attention_fp8(room, q, k, v, k_scale, v_scale, segments=segments)
+            return room
+        k, v = (reference.dequantize_rows(*pair).to(q.dtype) for pair in ((k, k_scale), (v, v_scale)))
     if _has_kernel("active_attention", q, k, v):
         room = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
         if attention.ran(room, q, k, v, segments=segments):
@@ -137,6 +140,15 @@ def active_attention(
         return _given(out, _framework_attention(q, k, v))
     parts = [_framework_attention(*part) for part in reference.split_segments(q, k, v, segments)]
     return _given(out, parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+
+
+def quantize_rows(out: Tensor, scale: Tensor, rows: Tensor, slots: Tensor | None = None) -> None:
+    """Rows of K or V into FP8; see :func:`dsa_rt.ops.rows.quantize_rows`."""
+    if _has_kernel("quantize_rows", rows):
+        moves.quantize_rows(out, scale, rows, slots)
+        return
+    places = slice(rows.shape[1]) if slots is None else slots
+    out[:, places], scale[:, places] = reference.quantize_rows(rows)
 
 
 def _framework_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

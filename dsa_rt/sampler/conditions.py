@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dsa_rt.errors import ShapeError
 from dsa_rt.plan import TokenGrid
-from dsa_rt.schedule import TRAIN_TIMESTEPS
 
 if TYPE_CHECKING:
     from dsa_rt.codec import AnyCodec
@@ -80,21 +79,8 @@ class Conditions:
         if self.fixed is not None and self.fixed_rows is not None:
             x[:, self.fixed] = self.fixed_rows.to(x.dtype)
 
-    def join(self, rows: Tensor, tokens: Tensor, elements: int) -> Tensor:
-        """Input rows [1, A, P + E] of the latent rows [1, A, P] of ``tokens`` [A]; ``elements`` of a patch."""
-        if self.extra is None:
-            return rows
-        parts = (rows, self.extra[:, tokens].to(rows.dtype))
-        return torch.cat([part.unflatten(-1, (elements, -1)) for part in parts], -1).flatten(-2)
-
-    def timesteps(self, sigma: float, device: torch.device) -> Tensor:
-        """[1, R] fp32: the step's own timestep and, with fixed tokens, theirs, which is 0."""
-        timesteps = torch.full((1, 1 if self.fixed is None else 2), TRAIN_TIMESTEPS * sigma, device=device)
-        timesteps[:, 1:] = 0
-        return timesteps
-
     def modulation_rows(self, tokens: int, device: torch.device) -> Tensor:
-        """[N] int64: the row of :meth:`timesteps` for every token."""
+        """[N] int64: the modulation row of every token, where 0 is that of the step's own timestep and 1 that of 0."""
         rows = torch.zeros(tokens, dtype=torch.int64, device=device)
         if self.fixed is not None:
             rows[self.fixed] = 1
