@@ -223,7 +223,7 @@ def inspect(options: argparse.Namespace) -> dict[str, Any]:
         if not options.json:
             print(describe_text(bundle))
         return record
-    from dsa_rt.models.wan import WanConfig
+    from dsa_rt.models.config import WanConfig
     from dsa_rt.settings import preview
     from dsa_rt.sync import sync_bytes
 

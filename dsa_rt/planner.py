@@ -17,7 +17,7 @@ from dsa_rt.codec.tiny import TinyConfig
 from dsa_rt.codec.wan_vae import WanVaeConfig
 from dsa_rt.errors import OptionError
 from dsa_rt.memory import MemoryPlan
-from dsa_rt.models.wan import WanConfig
+from dsa_rt.models.config import WanConfig
 from dsa_rt.ops.backend import choose
 from dsa_rt.plan import TokenGrid
 from dsa_rt.policy import StepPlan

@@ -20,7 +20,8 @@ from dsa_rt.errors import BundleError, MemoryLimitError, OptionError
 from dsa_rt.generate import Generate
 from dsa_rt.memory import free_memory
 from dsa_rt.models.confidence import ConfidenceConfig, ConfidenceHead
-from dsa_rt.models.wan import WanConfig, WanModel
+from dsa_rt.models.config import WanConfig
+from dsa_rt.models.wan import WanModel
 from dsa_rt.policy import Policy
 from dsa_rt.progress import Event
 from dsa_rt.schedule import TRAIN_TIMESTEPS

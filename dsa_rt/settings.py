@@ -11,7 +11,7 @@ import torch
 from dsa_rt.bundle import Bundle, Manifest, Part
 from dsa_rt.errors import OptionError, PolicyError, ShapeError
 from dsa_rt.memory import MemoryPlan, choose, parse_bytes
-from dsa_rt.models.wan import WanConfig
+from dsa_rt.models.config import WanConfig
 from dsa_rt.ops.layers import packed_bytes
 from dsa_rt.plan import TokenGrid
 from dsa_rt.planner import Run, Subject, plans_memory

@@ -23,7 +23,8 @@ from dsa_rt.demo.grammar import MAX_WORDS, VOCABULARY, format_scene, is_held_out
 from dsa_rt.demo.score import score
 from dsa_rt.demo.world import render
 from dsa_rt.models.confidence import ConfidenceConfig, ConfidenceHead
-from dsa_rt.models.wan import WanConfig, WanModel
+from dsa_rt.models.config import WanConfig
+from dsa_rt.models.wan import WanModel
 from dsa_rt.policy import Records, fit_calibration, simulate
 from dsa_rt.progress import Event
 from dsa_rt.runtime import Runtime

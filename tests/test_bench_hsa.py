@@ -22,7 +22,8 @@ from dsa_rt.codec.conv import ConvCodec, ConvCodecConfig
 from dsa_rt.codec.text import GrammarTextConfig, GrammarTextEncoder
 from dsa_rt.demo.grammar import MAX_WORDS, VOCABULARY
 from dsa_rt.errors import DsaRtError
-from dsa_rt.models.wan import WanConfig, WanModel
+from dsa_rt.models.config import WanConfig
+from dsa_rt.models.wan import WanModel
 from dsa_rt.plan import TokenGrid
 from dsa_rt.policy import HSA
 

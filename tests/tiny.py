@@ -13,7 +13,8 @@ from dsa_rt.codec.text import GrammarTextConfig, GrammarTextEncoder
 from dsa_rt.demo.grammar import MAX_WORDS, VOCABULARY
 from dsa_rt.exporting import export
 from dsa_rt.models.confidence import ConfidenceConfig, ConfidenceHead
-from dsa_rt.models.wan import WanConfig, WanModel
+from dsa_rt.models.config import WanConfig
+from dsa_rt.models.wan import WanModel
 
 
 def make_model(seed: int = 0, **changes: object) -> WanModel:

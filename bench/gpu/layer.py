@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from bench import common
 from bench.gpu import timing
+from dsa_rt.models.config import WanConfig
 from dsa_rt.models.sizes import WAN_SIZES
-from dsa_rt.models.wan import TextKV, WanConfig, WanModel
+from dsa_rt.models.wan import TextKV, WanModel
 from dsa_rt.ops import layers as ops
 from dsa_rt.plan import ActiveSet, rope_table
 

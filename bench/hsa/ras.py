@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.hsa.clip import STEPS, Clip
 from dsa_rt.errors import OptionError
-from dsa_rt.models.wan import WanConfig
+from dsa_rt.models.config import WanConfig
 from dsa_rt.ops import step as ops
 from dsa_rt.plan import ActiveSet
 

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsa_rt.errors import OptionError
-from dsa_rt.models.wan import WanConfig, WanModel
+from dsa_rt.models.config import WanConfig
+from dsa_rt.models.wan import WanModel
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 TextCache = dict[int, tuple[Tensor, Tensor]]

@@ -19,7 +19,7 @@ from dsa_rt.convert import parts
 from dsa_rt.convert.names import config_from_diffusers, config_of, diffusers_name, wan_name
 from dsa_rt.convert.sources import TORCH_SUFFIXES, Source, open_safetensors, open_torch, torch_source
 from dsa_rt.errors import BundleError, OptionError
-from dsa_rt.models.wan import WanConfig
+from dsa_rt.models.config import WanConfig
 
 TEXT_LENGTH = 512  # rows of a prompt in all published Wan models; no file says so but the original config.json
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from dsa_rt.errors import BundleError, OptionError
-from dsa_rt.models.wan import WanConfig
+from dsa_rt.models.config import WanConfig
 
 _ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
 _IMAGE_ATTENTION = {"add_k_proj": "k_img", "add_v_proj": "v_img", "norm_added_k": "norm_k_img"}

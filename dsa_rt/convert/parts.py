@@ -19,7 +19,8 @@ from dsa_rt.convert.names import diffusers_name, patch_rows, wan_name
 from dsa_rt.convert.sources import Source, open_safetensors
 from dsa_rt.errors import BundleError
 from dsa_rt.models.confidence import ConfidenceConfig, ConfidenceHead
-from dsa_rt.models.wan import WanConfig, WanModel
+from dsa_rt.models.config import WanConfig
+from dsa_rt.models.wan import WanModel
 
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
 _PREFIXES = ("module.", "model.diffusion_model.", "diffusion_model.", "model.")

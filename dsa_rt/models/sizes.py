@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from dsa_rt.models.wan import WanConfig
+from dsa_rt.models.config import WanConfig
 
 _SMALL = WanConfig(
     dim=1536, ffn_dim=8960, heads=12, layers=30, in_channels=16, out_channels=16, text_dim=4096, text_length=512

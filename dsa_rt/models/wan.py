@@ -5,87 +5,26 @@ of policies, chunks or guidance. Parameter names are those of the original Wan c
 the equivalent linear layer over rows ``(ph, pw, channel)``. Architecture: Wan 2.1 (arXiv 2503.20314); per-frame
 timesteps as in Self-Forcing (arXiv 2506.08009).
 
-One class serves the family; :class:`WanConfig` says which member it is. Image-to-video takes the condition as further
-input channels (``in_channels`` 36 = 16 noise + 4 mask + 16 condition), in Wan 2.1 also as CLIP rows that the
-cross-attention reads beside the text (``image_dim``). TI2V 5B gives clean tokens modulation rows of timestep 0.
+One class serves the family; :class:`dsa_rt.models.config.WanConfig` says which member it is. Image-to-video takes the
+condition as further input channels (``in_channels`` 36 = 16 noise + 4 mask + 16 condition), in Wan 2.1 also as CLIP rows
+that the cross-attention reads beside the text (``image_dim``). TI2V 5B gives clean tokens modulation rows of timestep 0.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from dsa_rt.arena import Arena, Room
-from dsa_rt.bundle.strict import OPTIONAL
 from dsa_rt.cache import KVCache, TextKV
 from dsa_rt.errors import OptionError, ShapeError
+from dsa_rt.models.config import WanConfig
 from dsa_rt.ops import layers as ops
 from dsa_rt.plan import ActiveSet
-
-
-@dataclass(frozen=True)
-class WanConfig:
-    """Sizes of one generator. ``form`` says how it was trained: "causal" (per-frame) or "bidirectional".
-
-    image_dim: width of the CLIP rows that Wan 2.1 image-to-video reads, None for all others. q and k are always
-    normalised and cross-attention has its affine norm, as in every published Wan.
-    """
-
-    dim: int
-    ffn_dim: int
-    heads: int
-    layers: int
-    in_channels: int
-    out_channels: int
-    text_dim: int
-    text_length: int
-    patch: tuple[int, int, int] = (1, 2, 2)
-    freq_dim: int = 256
-    eps: float = 1e-6
-    form: str = "bidirectional"
-    image_dim: int | None = field(default=None, metadata=OPTIONAL)  # manifests without one do not mention it
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "patch", tuple(self.patch))
-        for name in ("dim", "ffn_dim", "heads", "layers", "in_channels", "out_channels", "text_dim", "text_length"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise OptionError(f"generator {name} is {getattr(self, name)!r}; expected a positive integer")
-        if self.image_dim is not None and (type(self.image_dim) is not int or self.image_dim < 1):
-            raise OptionError(f"generator image_dim is {self.image_dim!r}; expected a positive integer or None")
-        if self.dim % self.heads or self.head_dim % 2:
-            raise OptionError(f"generator dim {self.dim} does not split into {self.heads} heads of even size")
-        if self.freq_dim % 2:
-            raise OptionError(f"generator freq_dim is {self.freq_dim}; expected an even number")
-        if len(self.patch) != 3 or self.patch[0] != 1 or any(type(n) is not int or n < 1 for n in self.patch):
-            raise OptionError(f"generator patch is {self.patch}; expected (1, rows, columns)")
-        if self.form not in ("causal", "bidirectional"):
-            raise OptionError(f'generator form is {self.form!r}; expected "causal" or "bidirectional"')
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.heads
-
-    @property
-    def patch_dim(self) -> int:
-        """Values of an input row."""
-        return math.prod(self.patch) * self.in_channels
-
-    @property
-    def velocity_dim(self) -> int:
-        """Values of an output row, and of the noise in an input row."""
-        return math.prod(self.patch) * self.out_channels
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; image_dim only where there is one."""
-        values = asdict(self) | {"patch": list(self.patch)}
-        if self.image_dim is None:
-            del values["image_dim"]
-        return values
 
 
 class AttentionCache(Protocol):

@@ -21,7 +21,7 @@ from torch import Tensor
 from dsa_rt.cache import TextKV
 from dsa_rt.errors import OptionError, PolicyError
 from dsa_rt.memory import MemoryPlan
-from dsa_rt.models.wan import WanConfig
+from dsa_rt.models.config import WanConfig
 from dsa_rt.ops import step as ops
 from dsa_rt.pipelines.shared import SharedWan
 from dsa_rt.plan import TokenGrid, frame_tokens

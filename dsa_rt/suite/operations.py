@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsa_rt.models.wan import WanConfig
+from dsa_rt.models.config import WanConfig
 from dsa_rt.settings import Settings
 from dsa_rt.stats import ChunkStats
 

@@ -20,8 +20,9 @@ from dsa_rt.bundle import Bundle, Latent, Manifest, Part, Schedule, Size, Tensor
 from dsa_rt.codec.tiny import TinyCodec, TinyConfig
 from dsa_rt.errors import OptionError
 from dsa_rt.models.confidence import ConfidenceConfig, ConfidenceHead
+from dsa_rt.models.config import WanConfig
 from dsa_rt.models.sizes import WAN_SIZES
-from dsa_rt.models.wan import WanConfig, WanModel
+from dsa_rt.models.wan import WanModel
 from dsa_rt.runtime import Runtime, dtype_for
 
 TINY = WanConfig(

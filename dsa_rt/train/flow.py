@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dsa_rt.codec.text import GrammarTextConfig, GrammarTextEncoder
-from dsa_rt.models.wan import WanConfig, WanModel
+from dsa_rt.models.config import WanConfig
+from dsa_rt.models.wan import WanModel
 from dsa_rt.plan import ActiveSet, TokenGrid, frame_tokens
 from dsa_rt.schedule import TRAIN_TIMESTEPS, add_noise, sample_sigmas
 from dsa_rt.train.data import LatentClips

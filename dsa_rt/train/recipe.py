@@ -16,7 +16,8 @@ from dsa_rt.demo.world import SIZE
 from dsa_rt.errors import OptionError
 from dsa_rt.exporting import export
 from dsa_rt.models.confidence import ConfidenceConfig
-from dsa_rt.models.wan import WanConfig, WanModel
+from dsa_rt.models.config import WanConfig
+from dsa_rt.models.wan import WanModel
 from dsa_rt.plan import TokenGrid
 from dsa_rt.policy import Calibration, fit_calibration
 from dsa_rt.schedule import few_step_sigmas

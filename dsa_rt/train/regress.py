@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from dsa_rt.codec.text import GrammarTextEncoder
 from dsa_rt.demo.grammar import format_scene, sample_scene, tokenize
-from dsa_rt.models.wan import WanConfig, WanModel
+from dsa_rt.models.config import WanConfig
+from dsa_rt.models.wan import WanModel
 from dsa_rt.plan import ActiveSet, TokenGrid, frame_tokens
 from dsa_rt.schedule import TRAIN_TIMESTEPS, add_noise, euler_sigmas, sample_sigmas
 from dsa_rt.train.data import LatentClips

@@ -17,7 +17,7 @@ import dsa_rt
 from dsa_rt.bundle import Bundle, open_bundle
 from dsa_rt.convert import Choices, convert
 from dsa_rt.convert.names import from_original
-from dsa_rt.models.wan import WanConfig
+from dsa_rt.models.config import WanConfig
 
 from .conftest import Published
 

@@ -17,7 +17,7 @@ from dsa_rt.convert import Choices, convert
 from dsa_rt.convert.names import from_original
 from dsa_rt.errors import BundleError, OptionError
 from dsa_rt.models.confidence import ConfidenceConfig, ConfidenceHead
-from dsa_rt.models.wan import WanConfig
+from dsa_rt.models.config import WanConfig
 
 from .conftest import Published
 

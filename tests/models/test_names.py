@@ -18,7 +18,7 @@ from dsa_rt.convert.names import (
     wan_name,
 )
 from dsa_rt.errors import BundleError
-from dsa_rt.models.wan import WanConfig
+from dsa_rt.models.config import WanConfig
 
 
 def theirs(image_dim: int | None = None, layers: int = 11) -> WanTransformer3DModel:

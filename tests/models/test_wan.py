@@ -11,7 +11,8 @@ from tiny import make_model, randomise
 from dsa_rt.cache import KVCache
 from dsa_rt.convert.names import from_diffusers
 from dsa_rt.errors import OptionError
-from dsa_rt.models.wan import WanConfig, WanModel
+from dsa_rt.models.config import WanConfig
+from dsa_rt.models.wan import WanModel
 from dsa_rt.plan import ActiveSet, TokenGrid, frame_tokens, rope_table
 
 

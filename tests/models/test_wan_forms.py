@@ -20,7 +20,8 @@ from dsa_rt.bundle.strict import parse
 from dsa_rt.cache import TextKV
 from dsa_rt.convert.names import config_from_diffusers, from_diffusers
 from dsa_rt.errors import BundleError, OptionError, ShapeError
-from dsa_rt.models.wan import WanConfig, WanModel
+from dsa_rt.models.config import WanConfig
+from dsa_rt.models.wan import WanModel
 from dsa_rt.plan import ActiveSet, TokenGrid, frame_tokens
 
 WIDTH, TEXT_DIM, IMAGE_DIM = 128, 24, 20
