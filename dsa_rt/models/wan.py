@@ -5,9 +5,10 @@ of policies, chunks or guidance. Parameter names are those of the original Wan c
 the equivalent linear layer over rows ``(ph, pw, channel)``. Architecture: Wan 2.1 (arXiv 2503.20314); per-frame
 timesteps as in Self-Forcing (arXiv 2506.08009).
 
-One class serves the family; :class:`dsa_rt.models.config.WanConfig` says which member it is. Image-to-video takes the
-condition as further input channels (``in_channels`` 36 = 16 noise + 4 mask + 16 condition), in Wan 2.1 also as CLIP rows
-that the cross-attention reads beside the text (``image_dim``). TI2V 5B gives clean tokens modulation rows of timestep 0.
+One class serves the family; :class:`dsa_rt.models.config.WanConfig` says which member it is. Image-to-video takes
+the condition as further input channels (``in_channels`` 36 = 16 noise + 4 mask + 16 condition), in Wan 2.1 also as
+CLIP rows that the cross-attention reads beside the text (``image_dim``). TI2V 5B gives clean tokens modulation rows of
+timestep 0.
 """
 
 from __future__ import annotations

@@ -146,9 +146,8 @@ def quantize_rows(out: Tensor, scale: Tensor, rows: Tensor, slots: Tensor | None
     """Rows of K or V into FP8; see :func:`dsa_rt.ops.rows.quantize_rows`."""
     if _has_kernel("quantize_rows", rows):
         moves.quantize_rows(out, scale, rows, slots)
-        return
-    places = slice(rows.shape[1]) if slots is None else slots
-    out[:, places], scale[:, places] = reference.quantize_rows(rows)
+    else:
+        moves.quantize_by_definition(out, scale, rows, slots)
 
 
 def _framework_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -45,8 +45,12 @@ def quantize_rows(
     ``row / scale`` rounded to the nearest E4M3 number, to even. Infinity becomes NaN, NaN stays NaN, and neither counts
     for the largest. Other rows are left alone. The bits of the definition on every backend. Errors as above.
     """
-    if served("quantize_rows", backend, rows, (out, scale, rows, slots)):
-        return
+    if not served("quantize_rows", backend, rows, (out, scale, rows, slots)):
+        quantize_by_definition(out, scale, rows, slots)
+
+
+def quantize_by_definition(out: Tensor, scale: Tensor, rows: Tensor, slots: Tensor | None) -> None:
+    """:func:`quantize_rows` of rows of any float dtype, unchecked."""
     values, of_rows = reference.quantize_rows(rows)
     places = torch.arange(rows.shape[1], device=rows.device) if slots is None else slots
     out.view(torch.uint8).index_copy_(1, places, values.view(torch.uint8))  # it has no kernel for FP8
