@@ -29,7 +29,7 @@ struct TorchObjects {
           TorchObjects objects{torch.attr("Tensor"), torch.attr("nn").attr("Parameter"), {}};
           objects.describe = dlpack::describe_of(objects.tensor);
           for (const auto& [name, value] :
-               {std::pair{"float32", Dtype::float32}, {"bfloat16", Dtype::bfloat16},
+               {std::pair{"float32", Dtype::float32}, {"bfloat16", Dtype::bfloat16}, {"float16", Dtype::float16},
                 {"float8_e4m3fn", Dtype::float8_e4m3fn}, {"int64", Dtype::int64}, {"uint8", Dtype::uint8},
                 {"bool", Dtype::boolean}}) {
             const py::object dtype = torch.attr(name);
@@ -115,6 +115,7 @@ bool Facts::described() {
   };
   if (is(dlpack::floating, 32)) dtype = Dtype::float32;
   else if (is(dlpack::bfloat, 16)) dtype = Dtype::bfloat16;
+  else if (is(dlpack::floating, 16)) dtype = Dtype::float16;
   else if (is(dlpack::float8_e4m3fn, 8)) dtype = Dtype::float8_e4m3fn;
   else if (is(dlpack::signed_integer, 64)) dtype = Dtype::int64;
   else if (is(dlpack::boolean, 8)) dtype = Dtype::boolean;

@@ -11,7 +11,7 @@ namespace dsa_rt {
 
 namespace py = pybind11;
 
-enum class Dtype { float32, bfloat16, float8_e4m3fn, int64, boolean, uint8, other };
+enum class Dtype { float32, bfloat16, float16, float8_e4m3fn, int64, boolean, uint8, other };
 
 enum class DeviceKind { cpu, cuda, other };
 struct Device {

@@ -16,6 +16,7 @@ const char* name_of(Dtype dtype) {
   switch (dtype) {
     case Dtype::float32: return "float32";
     case Dtype::bfloat16: return "bfloat16";
+    case Dtype::float16: return "float16";
     case Dtype::float8_e4m3fn: return "float8_e4m3fn";
     case Dtype::int64: return "int64";
     case Dtype::boolean: return "bool";
@@ -173,7 +174,7 @@ void Signature::bind_dtype(const TensorView& view, const DtypeRule& rule, const 
   const auto has = [&] { return std::string(view.name) + " has dtype " + text(tensor.attr("dtype")); };
   if (rule.allowed && !(rule.allowed & DtypeRule::bit(view.dtype))) {
     std::string expected;
-    for (Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::float8_e4m3fn, Dtype::int64, Dtype::boolean,
+    for (Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::float16, Dtype::float8_e4m3fn, Dtype::int64, Dtype::boolean,
                         Dtype::uint8})
       if (rule.allowed & DtypeRule::bit(dtype)) expected += (expected.empty() ? "" : " or ") + std::string(name_of(dtype));
     fail(has() + ", expected " + expected);

@@ -3,6 +3,6 @@
 
 namespace dsa_rt {
 
-enum class Element : int { float32, bfloat16 };
+enum class Element : int { float32, bfloat16, float16 };
 
 }  // namespace dsa_rt
