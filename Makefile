@@ -36,11 +36,12 @@ demo: $(VENV)/installed
 	@echo
 	@echo 'The video is $(OUT)/demo.mp4; $(OUT)/demo.png shows what each chunk got; $(OUT)/demo.json holds every figure.'
 
+# A file's tests stay in one process, as what they build is made once for each file; the longest ones begin early.
 test: export PATH := $(CURDIR)/$(BIN):$(PATH)
 test: $(VENV)/installed-test
 	ruff check .
 	mypy
-	python -m pytest $(PYTEST)
+	python -m pytest -n auto --dist loadfile --no-loadscope-reorder --maxprocesses 8 $(PYTEST)
 
 bench: $(VENV)/installed
 	@missed=; for name in $(BENCH); do \
