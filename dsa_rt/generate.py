@@ -240,19 +240,26 @@ class Generate:
         sessions: of this function, at any chunk, no more than it was compiled for (``sessions``). Ends with the last
         clip; a session that is closed on the way, or whose own error comes out here, is left out when this is called
         again with the others. Each clip is what it would be alone, see :meth:`__call__`. Several chunks may come of one
-        pass: a loop that is left between two of them leaves out the second, and its session goes on behind it.
+        pass: where a loop is left between two of them, the second waits in its session, which hands it out next.
         """
         running = list(sessions)
         for session in running:
-            if session.generate is not self or session.rollout.lane.engine is not self._engine:
+            here = session.waiting is not None or session.rollout.lane.engine is self._engine
+            if session.generate is not self or not here:
                 raise OptionError(
                     f"serve runs up to {self.settings.sessions} sessions of the function that it is called on; compile "
                     f"with sessions={len(running)} and start them all from that"
                 )
             session.check_open()
         while running := [s for s in running if s.is_open]:
-            chunks, error = self._advance(running)
-            yield from chunks
+            error = None
+            if all(session.waiting is None for session in running):
+                chunks, error = self._advance(running)
+                for session, chunk in chunks:
+                    session.waiting = chunk
+            for session in running:
+                if session.waiting is not None:
+                    yield session, session.next_chunk()
             if error is not None:
                 raise error
 

@@ -80,6 +80,7 @@ class Session:
         self._started = time.perf_counter()
         self._first_frame_ms: float | None = None
         self._made = 0
+        self.waiting: Chunk | None = None  # made and not handed out yet, see Generate.serve
         self._finished: deque[ChunkStats] = deque(maxlen=1000 if chunks is None else chunks)
         self._closed = False
         self._lease: weakref.finalize[..., Session] | None = None
@@ -96,7 +97,7 @@ class Session:
 
     def __iter__(self) -> Iterator[Chunk]:
         try:
-            while self.chunks is None or self._made < self.chunks:
+            while self.waiting is not None or self._to_make:
                 yield self.next_chunk()
         finally:
             self.close()
@@ -104,6 +105,9 @@ class Session:
     def next_chunk(self) -> Chunk:
         """Denoise and decode the next chunk; raises OptionError past the end, Cancelled when cancelled."""
         self.check_open()
+        if self.waiting is not None:
+            chunk, self.waiting = self.waiting, None
+            return chunk
         with self.whole_or_closed():
             done = None
             while done is None:
@@ -120,7 +124,7 @@ class Session:
         """:class:`OptionError` where there is no next chunk."""
         if self._closed:
             raise OptionError("this session is closed; start another one")
-        if self.chunks is not None and self._made >= self.chunks:
+        if self.waiting is None and not self._to_make:
             raise OptionError(
                 f"the clip has {self.chunks} chunks and all are made; ask for an endless session to go on"
             )
@@ -150,7 +154,12 @@ class Session:
     @property
     def is_open(self) -> bool:
         """Whether there is a next chunk."""
-        return not self._closed and (self.chunks is None or self._made < self.chunks)
+        return not self._closed and (self.waiting is not None or self._to_make)
+
+    @property
+    def _to_make(self) -> bool:
+        """Whether there is a chunk that was not made yet."""
+        return self.chunks is None or self._made < self.chunks
 
     @property
     def rollout(self) -> Rollout:
@@ -181,6 +190,8 @@ class Session:
         """Another prompt from the next chunk on. recache: also rewrite the K/V of the frames in the window under the
         new prompt, so that the old scene pulls less; costs a context pass for each of their chunks."""
         self.check_open()
+        if not self._to_make:
+            raise OptionError("all chunks of the clip are made, and the last one waits to be taken; start another clip")
         if self._rollout is None:
             raise OptionError("a prompt cannot change inside a clip that is made whole; use an autoregressive bundle")
         rows = self._encode(prompt)
@@ -229,7 +240,7 @@ class Session:
 
     def close(self) -> None:
         """Give the caches back. Iterating to the end does it too."""
-        self._closed = True
+        self._closed, self.waiting = True, None
         self._give_back()
 
     def _give_back(self) -> None:

@@ -154,6 +154,37 @@ def test_chunks_of_the_pass_after_which_one_fails_are_not_lost(causal: Runtime, 
     assert equal(made, alone(generate, PROMPTS[1], 2))
 
 
+@pytest.mark.parametrize("how", ["serve", "next_chunk"])
+def test_a_loop_left_between_two_chunks_of_a_pass_loses_none(causal: Runtime, how: str) -> None:
+    """In lockstep, left after the first of two chunks, every time, the last ones too."""
+    generate = causal.compile(policy="fixed-1", sessions=2)
+    sessions = [generate.session(prompt, seed) for seed, prompt in enumerate(PROMPTS[:2])]
+    made: dict[Session, list[Tensor]] = {session: [] for session in sessions}
+    while any(session.is_open for session in sessions):
+        for session, chunk in generate.serve([s for s in sessions if s.is_open]):
+            made[session].append(chunk.frames)
+            break
+        if how == "next_chunk" and sessions[1].waiting is not None:
+            made[sessions[1]].append(sessions[1].next_chunk().frames)
+    for session, prompt, seed in zip(sessions, PROMPTS, range(2), strict=False):
+        assert equal(made[session], alone(generate, prompt, seed))
+
+
+def test_a_prompt_for_a_clip_that_is_made(causal: Runtime) -> None:
+    generate = causal.compile(policy="fixed-1", sessions=2)
+    first, second = (generate.session(prompt, 1) for prompt in PROMPTS[:2])
+    for _ in range(3):
+        next(iter(generate.serve([first, second])))
+        if first.is_open:
+            second.next_chunk()
+    with pytest.raises(OptionError, match="the last one waits to be taken"):
+        second.set_prompt(PROMPTS[2])
+    second.close()
+    assert not second.is_open
+    with pytest.raises(OptionError, match="closed"):
+        second.next_chunk()
+
+
 def test_a_list_that_is_cancelled_gives_its_places_back(causal: Runtime) -> None:
     generate, flag = causal.compile(policy="fixed-2", sessions=2), threading.Event()
     with pytest.raises(Cancelled):
