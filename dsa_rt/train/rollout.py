@@ -11,8 +11,8 @@ from torch import Tensor
 from dsa_rt.cache import KVCache
 from dsa_rt.models.wan import WanModel
 from dsa_rt.plan import TokenGrid
-from dsa_rt.sampler.passes import ChunkPasses
 from dsa_rt.schedule import add_noise, to_x0
+from dsa_rt.train.passes import ChunkPasses
 
 
 @dataclass

@@ -8,7 +8,7 @@ from tiny import make_model
 
 from dsa_rt.cache import KVCache
 from dsa_rt.plan import TokenGrid
-from dsa_rt.sampler.passes import ChunkPasses
+from dsa_rt.train.passes import ChunkPasses
 
 GRID = TokenGrid(2, 2)
 

@@ -1,4 +1,4 @@
-"""Model passes over one chunk against a cache of its own, as training runs them; inference: :mod:`dsa_rt.engine`."""
+"""Model passes over one chunk against a cache of its own, as training runs them; inference has :mod:`dsa_rt.engine`."""
 
 from __future__ import annotations
 
