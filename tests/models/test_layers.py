@@ -245,7 +245,7 @@ def test_what_the_models_call(op: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_stored_rows(dtype: torch.dtype) -> None:
     """q is returned, k and v are in their rows, also in a dtype that no kernel has."""
     q, k, v = (torch.randn(2, 4, 12).to(dtype) for _ in range(3))
