@@ -129,12 +129,12 @@ def linear(
 ) -> None:
     """``out = act(x Wᵀ + bias)``, activation "none", "gelu" (its tanh form), "gelu_erf" or "silu".
 
-    x [B, A, K] fp32 or of the weights' dtype; out [B, A, N] likewise; fp32 or bf16 weights; the last dimension
-    contiguous, other strides free (columns of a wider buffer are fine). fp32 rows that meet bf16 weights are rounded to
-    bf16 first. Products and sums are fp32, one sum over K from its first term to its last; bias and activation are fp32
-    too, and each result is rounded once. Natively the bits of a row depend neither on other rows, nor on how many there
-    are, nor on the number of threads; they may differ in the last place between instruction sets: those with bf16 dot
-    products add two products at a time and take numbers below 2^-126 for 0.
+    x [B, A, K] fp32 or of the weights' dtype; out [B, A, N] likewise; fp32, bf16 or fp16 weights; the last dimension
+    contiguous, other strides free (columns of a wider buffer are fine). fp32 rows that meet other weights are rounded
+    to their dtype first. Products and sums are fp32, one sum over K from its first term to its last; bias and
+    activation are fp32 too, and each result is rounded once. Natively the bits of a row depend neither on other rows,
+    nor on how many there are, nor on the number of threads; they may differ in the last place between instruction sets:
+    those with bf16 dot products add two products at a time and take numbers below 2^-126 for 0.
 
     Raises :class:`dsa_rt.errors.ShapeError` for a wrong shape, dtype, device, stride or overlap of the output with
     another argument, before anything is written, and :class:`dsa_rt.errors.OptionError` for weights packed for another

@@ -324,11 +324,14 @@ DSA_RT_INLINE void stream(BFloat16* p, const Lanes& value, Whole) {
 }
 DSA_RT_INLINE void stream(Float16* p, const Lanes& value, Whole) {
 #if defined(__AVX512F__)
-#pragma GCC unroll 2
-  for (int i = 0; i < Lanes::parts; ++i) _mm256_stream_si256((__m256i*)p + i, (__m256i)float16_halves(value.part[i]));
+  const __m512i low = _mm512_castsi256_si512((__m256i)float16_halves(value.part[0]));
+  _mm512_stream_si512((__m512i*)p, _mm512_inserti64x4(low, (__m256i)float16_halves(value.part[1]), 1));
 #elif defined(__F16C__)
-#pragma GCC unroll 4
-  for (int i = 0; i < Lanes::parts; ++i) _mm_stream_si128((__m128i*)p + i, (__m128i)float16_halves(value.part[i]));
+#pragma GCC unroll 2
+  for (int i = 0; i < Lanes::parts; i += 2) {
+    const __m128i low = (__m128i)float16_halves(value.part[i]), high = (__m128i)float16_halves(value.part[i + 1]);
+    _mm256_stream_si256((__m256i*)p + i / 2, _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
+  }
 #else
   store(p, value, Whole{});
 #endif
