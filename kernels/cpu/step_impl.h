@@ -27,7 +27,8 @@ struct NoiseTile {
   uint32_t block[tile_blocks], token_low[tile_blocks], token_high[tile_blocks];
   float normals[4 * tile_blocks];
 
-  void generate(int count, uint32_t draw, uint64_t seed) {
+  // Not inline: it would be there once for each pair of element types.
+  __attribute__((noinline)) void generate(int count, uint32_t draw, uint64_t seed) {
     for (int i = 0; i < count; ++i) {
       const uint64_t token = token_low[i] | ((uint64_t)token_high[i] << 32);
       const Normals n = philox_normals(block[i], draw, token, seed);
