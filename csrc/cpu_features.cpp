@@ -13,7 +13,9 @@ const std::vector<std::pair<InstructionSet, std::string>>& instruction_sets() {
     std::vector<std::pair<InstructionSet, std::string>> sets;
 #if defined(DSA_RT_X86)
     __builtin_cpu_init();  // reads the operating system's part too: registers it does not save are not reported
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);  // of which not every compiler's builtin knows
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #if defined(DSA_RT_AVX512_BF16)

@@ -10,7 +10,6 @@
 #include "scratch.h"
 
 namespace dsa_rt {
-namespace {
 
 const char* name_of(Dtype dtype) {
   switch (dtype) {
@@ -25,6 +24,8 @@ const char* name_of(Dtype dtype) {
   }
   return "other";
 }
+
+namespace {
 
 std::string text(py::handle object) { return py::str(object); }
 

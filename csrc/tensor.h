@@ -62,6 +62,8 @@ struct TensorView {
   }
 };
 
+const char* name_of(Dtype dtype);  // as torch's, without "torch."
+
 // Dtypes an argument may have, or any. With a variable, all arguments that name it have the same one.
 struct DtypeRule {
   DtypeRule(Dtype only) : DtypeRule(nullptr, {only}) {}

@@ -230,7 +230,7 @@ def linear(
 def check_linear(
     out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, layout: str
 ) -> None: ...
-def linear_layout(bfloat16: bool, instruction_set: str = "") -> tuple[str, int, int, int]:
+def linear_layout(weights: str, instruction_set: str = "") -> tuple[str, int, int, int]:
     """Of the kernel for weights of that dtype: its name, rows of a panel, what the last one is rounded up to, and
     elements along K that lie together."""
 

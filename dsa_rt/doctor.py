@@ -27,6 +27,7 @@ OPTIONAL = {
 FLAGS = (
     "avx2",
     "fma",
+    "f16c",
     "avx512f",
     "avx512bw",
     "avx512_vnni",
@@ -182,15 +183,15 @@ def _backends() -> dict[str, dict[str, dict[str, str]]]:
         from dsa_rt.ops import backend
     except (ImportError, OptionError):  # the native module and the table say why, in their own sections
         return {}
-    places = [("cpu", torch.float32), ("cpu", torch.bfloat16)]
-    if torch.cuda.is_available():
-        places += [("cuda", torch.float32), ("cuda", torch.bfloat16)]
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     return {
         f"{device} {str(dtype).removeprefix('torch.')}": {
             choice.op: {"backend": choice.backend, "why": choice.reason}
             for choice in backend.describe(device, dtype)
         }
-        for device, dtype in places
+        for device in devices
+        for dtype in dtypes
     }
 
 

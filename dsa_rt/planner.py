@@ -52,7 +52,7 @@ class Subject:
             for part, entries in bundle.tensors.items()
             for entry in entries.values()
         )
-        if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):  # packed once more, biases in fp32
+        if device.type == "cpu" and choose("linear", "cpu", dtype) == "native":  # packed once more, biases in fp32
             weights += sum(
                 entry.numel * (4 if name.endswith("bias") else dtype.itemsize)
                 for part in ("generator", "generator_2", "confidence_head")

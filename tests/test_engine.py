@@ -90,7 +90,7 @@ def filled(engine: Engine, seed: int) -> None:
         buffer.copy_(torch.randn(buffer.shape))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_replay_has_the_bits_of_the_pass(dtype: torch.dtype) -> None:
     """Every kind of pass, replayed over new rows, K/V, prompts, chunks and levels, against an engine that calls the
     model each time, and one whose recordings behave like graphs of a device; the recorded ones call the model for new

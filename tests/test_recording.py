@@ -22,7 +22,7 @@ from dsa_rt.errors import OptionError, ShapeError
 from dsa_rt.ops import backend, layers, norm, rows
 from dsa_rt.recording import record
 
-FLOATS = [torch.float32, torch.bfloat16]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 Buffers = dict[str, Tensor]
 
 
@@ -357,7 +357,7 @@ def test_another_op_of_torch_makes_it_eager(mode: Any, other: Callable[[Buffers]
 
 
 def test_a_dtype_or_processor_without_kernels_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, shift, scale = torch.randn(1, 3, 4).half(), torch.randn(1, 1, 4), torch.randn(1, 1, 4)
+    x, shift, scale = torch.randn(1, 3, 4).double(), torch.randn(1, 1, 4), torch.randn(1, 1, 4)
     found = record("cpu", lambda: layers.norm_modulate(x, shift, scale, None, EPS))
     assert found.kind == "eager" and found.reason.startswith("aten.")
     monkeypatch.setitem(backend.IMPLEMENTATIONS, "active_attention", (backend.Implementation("torch"),))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from allocations import replayed
 from torch import Tensor, nn
 
 from dsa_rt import reference
@@ -25,6 +26,7 @@ from dsa_rt.plan import frame_tokens
 from dsa_rt.policy import Decider, Policy
 from dsa_rt.runtime import Runtime, load
 from dsa_rt.schedule import euler_sigmas, few_step_sigmas
+from dsa_rt.settings import preview
 from dsa_rt.stats import Stats
 
 PROMPT, OTHER = "a red square bouncing", "a blue circle at rest on a striped ground"
@@ -392,3 +394,19 @@ def test_weights_are_shared_and_unchanged(causal: Runtime) -> None:
 def test_dtype_auto_is_one_the_machine_multiplies(causal_bundle: Path) -> None:
     assert load(causal_bundle).dtype in (torch.float32, torch.bfloat16)
     assert load(causal_bundle, dtype="fp16").dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_every_dtype_runs_on_native_ops(causal_bundle: Path, many_step: Runtime, dtype: str) -> None:
+    """Passes are programs, a stream has the bits of a call, and what is planned from a bundle alone is what is held."""
+    few, many = (load(bundle, dtype=dtype) for bundle in (causal_bundle, many_step.bundle.path))
+    generate = few.compile(policy="dsa-paper")
+    engine = generate.session(PROMPT).rollout.lane.engine
+    if replayed(few.dtype):
+        assert {recorded.kind for recorded, _ in engine.passes.values()} == {"program"}
+    video = generate(PROMPT, 3)
+    assert video.latents is not None and video.latents.isfinite().all()
+    assert torch.equal(torch.cat([chunk.frames for chunk in generate.stream(PROMPT, 3)]), video.frames)
+    planned = preview(many.bundle, "dense", dtype=many.dtype).memory
+    compiled = many.compile(policy="dense").plan
+    assert (planned.weights, planned.total) == (compiled.weights, compiled.total)

@@ -20,8 +20,11 @@ namespace {
 
 const cpu::AttentionKernel& cpu_kernel(const std::string& instruction_set, Element element, bool fp8) {
   const auto of = [&](const cpu::AttentionKernels& kernels) -> const cpu::AttentionKernel& {
-    if (fp8) return element == Element::bfloat16 ? kernels.bfloat16_fp8 : kernels.float32_fp8;
-    return element == Element::bfloat16 ? kernels.bfloat16 : kernels.float32;
+    switch (element) {
+      case Element::bfloat16: return fp8 ? kernels.bfloat16_fp8 : kernels.bfloat16;
+      case Element::float16: return fp8 ? kernels.float16_fp8 : kernels.float16;
+      default: return fp8 ? kernels.float32_fp8 : kernels.float32;
+    }
   };
   switch (choose_instruction_set(instruction_set)) {
 #if defined(DSA_RT_X86)

@@ -15,10 +15,13 @@
 
 namespace dsa_rt {
 
-const std::initializer_list<Dtype> float_dtypes = {Dtype::float32, Dtype::bfloat16};
+const std::initializer_list<Dtype> float_dtypes = {Dtype::float32, Dtype::bfloat16, Dtype::float16};
 
+// Of a tensor with one of those.
 inline Element element_of(const TensorView& view) {
-  return view.dtype == Dtype::bfloat16 ? Element::bfloat16 : Element::float32;
+  return view.dtype == Dtype::bfloat16 ? Element::bfloat16
+         : view.dtype == Dtype::float16 ? Element::float16
+                                        : Element::float32;
 }
 
 [[noreturn]] inline void no_kernel(const Signature& op) {

@@ -38,7 +38,7 @@ constexpr int64_t copy_work = 1 << 20;    // bytes, some 10 µs
 
 int64_t grain_of(int64_t work, int64_t of_one) { return work / std::max<int64_t>(of_one, 1); }
 
-int64_t size_of(Element element) { return element == Element::bfloat16 ? 2 : 4; }
+int64_t size_of(Element element) { return element == Element::float32 ? 4 : 2; }
 Rows rows_of(const TensorView& view) { return {view.data, view.stride[0], view.stride[1], element_of(view)}; }
 Heads heads_of(const TensorView& view) { return {view.data, view.stride[0], view.stride[1], view.stride[2]}; }
 

@@ -17,7 +17,11 @@ namespace {
 
 const cpu::LinearKernel& cpu_kernel(const std::string& instruction_set, Element weight) {
   const auto of = [&](const cpu::LinearKernels& kernels) -> const cpu::LinearKernel& {
-    return weight == Element::bfloat16 ? kernels.bfloat16 : kernels.float32;
+    switch (weight) {
+      case Element::bfloat16: return kernels.bfloat16;
+      case Element::float16: return kernels.float16;
+      default: return kernels.float32;
+    }
   };
   switch (choose_instruction_set(instruction_set)) {
 #if defined(DSA_RT_X86)
@@ -65,10 +69,10 @@ class Linear {
     const auto& from = op_.tensor("x", x, {"B", "A", "K"}, float_dtypes);
     const auto& packed = op_.tensor("weight", weight, {"packed"}, float_dtypes);
     const TensorView* added = bias.is_none() ? nullptr : &op_.tensor("bias", bias, {"N"}, Dtype::float32);
-    if (packed.dtype == Dtype::float32)
-      for (const TensorView* view : {&o, &from})
-        if (view->dtype != Dtype::float32)
-          op_.fail(std::string(view->name) + " has dtype torch.bfloat16, expected float32 as weight");
+    for (const TensorView* view : {&o, &from})
+      if (view->dtype != Dtype::float32 && view->dtype != packed.dtype)
+        op_.fail(std::string(view->name) + " has dtype torch." + name_of(view->dtype) + ", expected float32" +
+                 (packed.dtype == Dtype::float32 ? "" : std::string(" or ") + name_of(packed.dtype)) + " as weight");
     const char* const activations[] = {"none", "gelu", "gelu_erf", "silu"};
     const auto known = std::find(std::begin(activations), std::end(activations), activation);
     if (known == std::end(activations))
@@ -131,8 +135,10 @@ class Linear {
   cpu::LinearParams params_;
 };
 
-py::tuple layout_of(bool bfloat16, const std::string& instruction_set) {
-  const auto& layout = cpu_kernel(instruction_set, bfloat16 ? Element::bfloat16 : Element::float32).layout;
+// weights: the name of their dtype.
+py::tuple layout_of(const std::string& weights, const std::string& instruction_set) {
+  const Element element = weights == "bfloat16" ? Element::bfloat16 : weights == "float16" ? Element::float16 : Element::float32;
+  const auto& layout = cpu_kernel(instruction_set, element).layout;
   return py::make_tuple(layout.name, layout.panel, layout.lanes, layout.group);
 }
 
@@ -143,7 +149,7 @@ void bind_linear(py::module_& m) {
   using py::arg;
   bind<Linear, Tensor, Tensor, Tensor, Tensor, std::string, std::string>(
       m, "linear", arg("out"), arg("x"), arg("weight"), arg("bias"), arg("activation"), arg("layout"));
-  m.def("linear_layout", layout_of, arg("bfloat16"), arg("instruction_set") = "");
+  m.def("linear_layout", layout_of, arg("weights"), arg("instruction_set") = "");
 }
 
 }  // namespace dsa_rt

@@ -28,17 +28,17 @@ def active_attention(
     """``out = softmax(q kᵀ / √D) v`` for each head; no mask: all rows of k and v are attended, so pass the valid ones,
     or say in ``segments`` which queries attend to which.
 
-    out, q [B, A, H, D]; k, v [B, N, H, D], N and D at least 1: fp32 or bf16 alike, the last dimension contiguous,
+    out, q [B, A, H, D]; k, v [B, N, H, D], N and D at least 1: fp32, bf16 or fp16 alike, the last dimension contiguous,
     other strides free (a slice of a larger cache is fine). ``lse`` [B, H, A] fp32 receives the natural log-sum-exp of
     each row's scaled scores. ``segments`` [S, 5] int64 on the CPU: for each the number of its queries, which are the
     next ones, then begin, end, begin, end of the rows they attend to. The numbers sum to A; ranges lie in [0, N] and do
-    not overlap, and one of the two may be empty. Products, softmax and sums are fp32; with bf16 dot products the
-    softmax's weights are rounded to bf16. Natively on the CPU a row's result has the same bits in every active set, at
-    every position in it, beside whatever segments, for every number of threads and in every run; it may differ in the
-    last place between processors. Natively on CUDA equal calls on equal devices have the same bits; a row whose keys
-    were split, for want of tiles to fill the device, differs in the last places from the same row in a call of other
-    sizes or segments, or at another position. Where keys are split the call takes up to 2 · 128 · (D + 2) fp32 numbers
-    of scratch for each multiprocessor from the framework's allocator.
+    not overlap, and one of the two may be empty. Products, softmax and sums are fp32; in bf16, with its dot products,
+    the softmax's weights are rounded to bf16. Natively on the CPU a row's result has the same bits in every active set,
+    at every position in it, beside whatever segments, for every number of threads and in every run; it may differ in
+    the last place between processors. Natively on CUDA equal calls on equal devices have the same bits; a row whose
+    keys were split, for want of tiles to fill the device, differs in the last places from the same row in a call of
+    other sizes or segments, or at another position. Where keys are split the call takes up to 2 · 128 · (D + 2) fp32
+    numbers of scratch for each multiprocessor from the framework's allocator.
 
     Raises :class:`dsa_rt.errors.ShapeError` for a wrong shape, dtype, device, stride, segment or overlap of an output
     with another argument, before anything is written, and :class:`dsa_rt.errors.OptionError` for a ``backend`` that
@@ -67,9 +67,9 @@ def active_attention_fp8(
     """:func:`active_attention` with k and v [B, N, H, D] in ``float8_e4m3fn``, as
     :func:`dsa_rt.ops.rows.quantize_rows` writes them, and their scales k_scale, v_scale [B, N, H] fp32, finite or NaN.
 
-    ``softmax(q (k·k_scale)ᵀ / √D) (v·v_scale)``; out, q, lse and segments as there, q and out fp32 or bf16. E4M3 is
-    exact in bf16, and scales meet scores and weights in fp32: with bf16 dot products a weight times its value's scale
-    is rounded to bf16, and nothing else is. What is said there of bits, and the errors, hold here too.
+    ``softmax(q (k·k_scale)ᵀ / √D) (v·v_scale)``; out, q, lse and segments as there, q and out fp32, bf16 or fp16. E4M3
+    is exact in bf16, and scales meet scores and weights in fp32: in bf16, with its dot products, a weight times its
+    value's scale is rounded to bf16, and nothing else is. What is said there of bits, and the errors, hold here too.
     """
     if served("active_attention_fp8", backend, out, (out, lse, q, k, v, k_scale, v_scale), segments):
         return

@@ -29,7 +29,7 @@ except ImportError as error:  # a source tree that was never built
     ) from error
 
 _FOUND: dict[tuple[str, str, torch.dtype, str | None], tuple[object, list[Any]]] = {}  # see candidates
-_FLOATS = (torch.float32, torch.bfloat16)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _fp8(op: str, **of_triton: Any) -> tuple[Implementation, ...]:
     """Ops of K and V in FP8. On CUDA there is nothing that Triton would have to be measured against."""
     return (
         Implementation("native", ("cpu",), _FLOATS, _native_note(), cpu_only=True),
-        _triton(op, dtypes=_FLOATS, **of_triton),
+        _triton(op, dtypes=(torch.float32, torch.bfloat16), **of_triton),
         _DEFINITION,
     )
 

@@ -23,6 +23,7 @@ from dsa_rt.reference import layers as reference
 
 register("linear(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, str activation, str layout) -> ()")
 
+_WEIGHTS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}  # that kernels take
 ROWS = "rows"
 """The layout of weights that were left as they are, [N, K] contiguous."""
 
@@ -58,7 +59,7 @@ class PackedLinear:
 
 def _panels(dtype: torch.dtype, layout: str) -> tuple[int, int, int]:
     """Rows of a panel, what the last one is rounded up to, and elements along K that lie together."""
-    name, *sizes = native.linear_layout(dtype == torch.bfloat16, layout)
+    name, *sizes = native.linear_layout(_WEIGHTS[dtype], layout)
     if name != layout:
         raise OptionError(f"linear: no kernel has the layout {layout!r} for {dtype}; pack the weights again")
     return sizes[0], sizes[1], sizes[2]
@@ -88,9 +89,9 @@ def pack_linear(
             for part, of in zip(biases, weights, strict=True)
         ])  # fmt: skip
     n, k = rows.shape
-    if rows.device.type != "cpu" or rows.dtype not in (torch.float32, torch.bfloat16):
+    if rows.device.type != "cpu" or rows.dtype not in _WEIGHTS:
         return PackedLinear(rows.flatten(), added, n, k, ROWS)
-    layout, panel, lanes, group = native.linear_layout(rows.dtype == torch.bfloat16, instruction_set)
+    layout, panel, lanes, group = native.linear_layout(_WEIGHTS[rows.dtype], instruction_set)
     rows = F.pad(rows, (0, -k % group, 0, -n % lanes))
     whole = len(rows) // panel * panel
     panels = [
@@ -128,12 +129,12 @@ def linear(
 ) -> None:
     """``out = act(x Wᵀ + bias)``, activation "none", "gelu" (its tanh form), "gelu_erf" or "silu".
 
-    x [B, A, K] fp32 or of the weights' dtype; out [B, A, N] likewise; fp32 or bf16 weights; the last dimension
-    contiguous, other strides free (columns of a wider buffer are fine). fp32 rows that meet bf16 weights are rounded to
-    bf16 first. Products and sums are fp32, one sum over K from its first term to its last; bias and activation are fp32
-    too, and each result is rounded once. Natively the bits of a row depend neither on other rows, nor on how many there
-    are, nor on the number of threads; they may differ in the last place between instruction sets: those with bf16 dot
-    products add two products at a time and take numbers below 2^-126 for 0.
+    x [B, A, K] fp32 or of the weights' dtype; out [B, A, N] likewise; fp32, bf16 or fp16 weights; the last dimension
+    contiguous, other strides free (columns of a wider buffer are fine). fp32 rows that meet other weights are rounded
+    to their dtype first. Products and sums are fp32, one sum over K from its first term to its last; bias and
+    activation are fp32 too, and each result is rounded once. Natively the bits of a row depend neither on other rows,
+    nor on how many there are, nor on the number of threads; they may differ in the last place between instruction sets:
+    those with bf16 dot products add two products at a time and take numbers below 2^-126 for 0.
 
     Raises :class:`dsa_rt.errors.ShapeError` for a wrong shape, dtype, device, stride or overlap of the output with
     another argument, before anything is written, and :class:`dsa_rt.errors.OptionError` for weights packed for another

@@ -1,9 +1,9 @@
 """LayerNorm with modulation, alone and after a residual, and RMSNorm, destination passing.
 
-Rows are [B, A, C], fp32 or bf16 alike; tables of modulation [B or 1, R or 1, C] fp32, of which each token takes the row
-``rows`` says. The last dimension is contiguous, other strides are free. Arithmetic is fp32 and each stored value is
-rounded once. Natively a row has the same bits in every active set, for every number of threads and on every instruction
-set of a processor; it may differ in the last place between devices.
+Rows are [B, A, C], fp32, bf16 or fp16 alike; tables of modulation [B or 1, R or 1, C] fp32, of which each token takes
+the row ``rows`` says. The last dimension is contiguous, other strides are free. Arithmetic is fp32 and each stored
+value is rounded once. Natively a row has the same bits in every active set, for every number of threads and on every
+instruction set of a processor; it may differ in the last place between devices.
 
 Every function raises :class:`dsa_rt.errors.ShapeError` for a wrong shape, dtype, device, stride or overlap, or a row
 outside the tables, before anything is written (on CUDA, where reading ``rows`` would stall the queue, those are the
@@ -57,7 +57,7 @@ def residual_norm_modulate(
 def rms_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float, *, backend: str | None = None) -> None:
     """``out = x / √(mean(x²) + eps) · weight``, the mean over C.
 
-    out, x [B, A, C]; ``out`` may be ``x`` itself; weight [C] fp32 or bf16.
+    out, x [B, A, C]; ``out`` may be ``x`` itself; weight [C] fp32, bf16 or fp16.
     """
     if served("rms_norm", backend, x, (out, x, weight), eps):
         return

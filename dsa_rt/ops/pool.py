@@ -18,9 +18,9 @@ def confidence_pool(
 ) -> None:  # fmt: skip
     """``out = softmax(query kᵀ / √D) tokens`` for each head, with k the RMSNorm of ``keys`` over C.
 
-    out [B, H, C] and query [H, D] fp32, contiguous; keys, tokens [B, A, C], fp32 or bf16 alike, A at least 1, the last
-    dimension contiguous; key_weight [C] fp32 or bf16. fp32 throughout; natively the bits depend neither on the number
-    of threads nor on other samples of the batch, but may differ in the last place between instruction sets.
+    out [B, H, C] and query [H, D] fp32, contiguous; keys, tokens [B, A, C], fp32, bf16 or fp16 alike, A at least 1, the
+    last dimension contiguous; key_weight [C] of one of those. fp32 throughout; natively the bits depend neither on the
+    number of threads nor on other samples of the batch, but may differ in the last place between instruction sets.
 
     Raises :class:`dsa_rt.errors.ShapeError` for a wrong shape, dtype, device, stride or overlap of the output with
     another argument, before anything is written, and :class:`dsa_rt.errors.OptionError` for a ``backend`` that cannot

@@ -21,10 +21,10 @@ def qk_norm_rope_store(
     those of ``v_cache``. Other rows stay as they are.
 
     q, k, v [B, A, C], C = H·D, D even; q_out [B, A, H, D]; k_cache, v_cache [B, N, H, D], such as a layer of a larger
-    cache: fp32 or bf16 alike, the last dimension contiguous, other strides free. slots [A] int64, distinct, in [0, N),
-    or None for rows 0 to A - 1. q_weight, k_weight [C] fp32 or bf16 alike. cos, sin [A, D / 2] fp32, contiguous, for
-    interleaved pairs of channels. fp32 throughout, each stored value rounded once; natively the bits of a row do not
-    depend on the active set, the number of threads or the instruction set.
+    cache: fp32, bf16 or fp16 alike, the last dimension contiguous, other strides free. slots [A] int64, distinct, in
+    [0, N), or None for rows 0 to A - 1. q_weight, k_weight [C], one of those alike. cos, sin [A, D / 2] fp32,
+    contiguous, for interleaved pairs of channels. fp32 throughout, each stored value rounded once; natively the bits of
+    a row do not depend on the active set, the number of threads or the instruction set.
 
     Raises :class:`dsa_rt.errors.ShapeError` for a wrong shape, dtype, device, stride or overlap, and a slot outside the
     cache or given twice, before anything is written (on CUDA, where reading them would stall the queue, a slot outside

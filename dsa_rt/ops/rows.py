@@ -39,11 +39,11 @@ def quantize_rows(
 ) -> None:
     """``out[:, slots]`` and ``scale[:, slots]`` become rows in E4M3 and what to multiply them by.
 
-    out [B, N, H, D] ``float8_e4m3fn``; scale [B, N, H] fp32; rows [B, A, H, D] fp32 or bf16, D at least 1; slots [A]
-    int64, distinct rows of out, or None for rows 0 to A - 1. Last dimensions lie without gaps, other strides are free.
-    For each row and head ``scale = largest |element| / 448``, at least the smallest normal fp32 number, and out is
-    ``row / scale`` rounded to the nearest E4M3 number, to even. Infinity becomes NaN, NaN stays NaN, and neither counts
-    for the largest. Other rows are left alone. The bits of the definition on every backend. Errors as above.
+    out [B, N, H, D] ``float8_e4m3fn``; scale [B, N, H] fp32; rows [B, A, H, D] fp32, bf16 or fp16, D at least 1; slots
+    [A] int64, distinct rows of out, or None for rows 0 to A - 1. Last dimensions lie without gaps, other strides are
+    free. For each row and head ``scale = largest |element| / 448``, at least the smallest normal fp32 number, and out
+    is ``row / scale`` rounded to the nearest E4M3 number, to even. Infinity becomes NaN, NaN stays NaN, and neither
+    counts for the largest. Other rows are left alone. The bits of the definition on every backend. Errors as above.
     """
     if not served("quantize_rows", backend, rows, (out, scale, rows, slots)):
         quantize_by_definition(out, scale, rows, slots)

@@ -32,8 +32,8 @@ def philox_normal(
 ) -> None:
     """Fills ``out`` with standard normals that depend on (seed, token, draw, element) alone.
 
-    out [B, A, P] fp32 or bf16; seeds [B] int64; tokens [A] int64, positions in the whole clip; draw 0 to 2^32
-    - 1 (0 is the initial noise). bf16 is the fp32 value rounded once.
+    out [B, A, P] fp32, bf16 or fp16; seeds [B] int64; tokens [A] int64, positions in the whole clip; draw 0 to
+    2^32 - 1 (0 is the initial noise). bf16 and fp16 are the fp32 value rounded once.
     """
     if served("philox_normal", backend, out, (out, seeds, tokens), draw):
         return
@@ -57,8 +57,8 @@ def renoise(
 
     ``out = (1 - sigma_next)·x0 + sigma_next·noise`` from the unrounded x0, with the noise of
     :func:`philox_normal`; with sigma_next = 0 nothing is drawn and out = x0. ``x0`` receives the clean
-    prediction. out, x, x0 [B, A, P] of one dtype, velocity [B, A, P]: fp32 or bf16; seeds [B], tokens [A]
-    int64. ``out`` may be ``x`` or ``velocity`` itself.
+    prediction. out, x, x0 [B, A, P] of one dtype, velocity [B, A, P]: fp32, bf16 or fp16; seeds [B],
+    tokens [A] int64. ``out`` may be ``x`` or ``velocity`` itself.
     """
     if served("renoise", backend, x, (out, x0, x, velocity, seeds, tokens), sigma, sigma_next, draw):
         return
@@ -80,7 +80,7 @@ def cached_step(
 ) -> None:
     """Cached Euler, in place: ``velocity_cache[:, rows] = fresh``, then ``x += delta_sigma·velocity_cache``.
 
-    x [B, N, P] fp32 or bf16; velocity_cache [B, N, P] and fresh [B, A, P], fp32 or bf16 alike; rows [A]
+    x [B, N, P]; velocity_cache [B, N, P] and fresh [B, A, P] alike: fp32, bf16 or fp16; rows [A]
     int64, distinct, may be empty. A row outside [0, N) or given twice is an error and nothing is written (on
     CUDA, where reading them would stall the queue, a row out of range stops the kernel and duplicates are the
     caller's to avoid). ``score`` [B, A] fp32 receives the relative change of each fresh row, ‖fresh -
@@ -100,7 +100,7 @@ def exit_decision(
 ) -> None:
     """DSA's decision (Algorithm 1): confidence = sigmoid(logit); refine = confidence < threshold.
 
-    refine [B] bool or uint8; confidence [B] fp32; logit [B] fp32 or bf16; threshold [B] fp32.
+    refine [B] bool or uint8; confidence [B] fp32; logit [B] fp32, bf16 or fp16; threshold [B] fp32.
     """
     if served("exit_decision", backend, logit, (refine, confidence, logit, threshold)):
         return

@@ -93,7 +93,7 @@ def renoise(
 ) -> tuple[Tensor, Tensor]:
     """The clean prediction of a pass, and that prediction taken to the next noise level with fresh noise.
 
-    x, velocity [B, A, P] (fp32 or bf16); seeds [B], tokens [A] int64. Returns (next x, x0), both in x's
+    x, velocity [B, A, P] (fp32, bf16 or fp16); seeds [B], tokens [A] int64. Returns (next x, x0), both in x's
     dtype: x0 = x - sigma·velocity; next = (1 - sigma_next)·x0 + sigma_next·noise from the unrounded x0; with
     sigma_next = 0 nothing is drawn and next = x0.
     """
@@ -126,7 +126,7 @@ def cached_step(
 def exit_decision(logit: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     """Confidence of a chunk and whether to refine it (DSA, Algorithm 1).
 
-    logit [B] (fp32 or bf16), threshold [B] fp32. Returns (refine bool, confidence fp32): the sigmoid is taken
+    logit [B] (fp32, bf16 or fp16), threshold [B] fp32. Returns (refine bool, confidence fp32): the sigmoid is taken
     in fp64 and rounded to fp32, refine = confidence < threshold. A NaN confidence does not refine.
     """
     confidence = logit.double().sigmoid().float()

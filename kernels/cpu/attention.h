@@ -43,8 +43,8 @@ struct AttentionKernel {
 };
 
 struct AttentionKernels {
-  AttentionKernel float32, bfloat16;          // all of one type
-  AttentionKernel float32_fp8, bfloat16_fp8;  // K and V in E4M3
+  AttentionKernel float32, bfloat16, float16;              // all of one type
+  AttentionKernel float32_fp8, bfloat16_fp8, float16_fp8;  // K and V in E4M3
 };
 
 extern const AttentionKernels attention_generic;

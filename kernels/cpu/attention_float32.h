@@ -1,5 +1,5 @@
-// The vector types of attention_impl.h, for operands of one fp32 each; bf16 and E4M3 elements are widened as they are
-// packed.
+// The vector types of attention_impl.h, for operands of one fp32 each; bf16, fp16 and E4M3 elements are widened as they
+// are packed.
 //
 // A vector type V has: Vec, `lanes` fp32 numbers with + - *; Unit, 4 bytes of a packed operand that hold `group`
 // elements along the sum of a product, and Units, `lanes` of them; `columns`, the vectors of a panel. Functions: load,
@@ -10,6 +10,7 @@
 #pragma once
 
 #include "bfloat16.h"
+#include "float16.h"
 #include "float8.h"
 
 namespace dsa_rt::cpu {
@@ -44,8 +45,7 @@ struct Float32Operands : Base {
 
   template <class T>
   static void pack_rows(float* to, const T* rows, int64_t stride, int64_t count, int64_t dim) {
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t d = 0; d < dim; ++d) to[r * dim + d] = load_element(rows + r * stride + d);
+    for (int64_t r = 0; r < count; ++r) load_row(to + r * dim, rows + r * stride, dim);
   }
 
   // A panel [dim][width]; after `count` keys the last one is repeated.
@@ -69,7 +69,7 @@ struct Float32Operands : Base {
   static void pack_values(float* to, const T* rows, int64_t stride, int64_t keys, int64_t channels, int64_t dim) {
     const int64_t real = dim < channels ? dim : channels;
     for (int64_t i = 0; i < keys; ++i) {
-      for (int64_t d = 0; d < real; ++d) to[i * channels + d] = load_element(rows + i * stride + d);
+      load_row(to + i * channels, rows + i * stride, real);
       for (int64_t d = real; d < channels; ++d) to[i * channels + d] = 0.0f;
     }
   }

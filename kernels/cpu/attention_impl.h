@@ -26,6 +26,7 @@
 
 #include "attention.h"
 #include "bfloat16.h"
+#include "float16.h"
 #include "float8.h"
 #include "multiply.h"
 
@@ -233,8 +234,9 @@ void attend(const ScaledAttentionParams& p, const Work<V>& w, const AttentionSeg
     float total = 0.0f;
     for (int l = 0; l < V::lanes; ++l) total += w.sum[r * V::lanes + l];
     const float factor = 1.0f / total;
-    T* out = row_of<T>(p.out, batch, head, first + r);
-    for (int64_t d = 0; d < w.dim; ++d) store(out + d, w.out[r * w.out_width + d] * factor);
+    float* out = w.out + r * w.out_width;
+    for (int64_t d = 0; d < w.dim; ++d) out[d] *= factor;
+    store_row(row_of<T>(p.out, batch, head, first + r), out, w.dim);
     if (p.lse)
       p.lse[batch * p.lse_batch_stride + head * p.lse_head_stride + first + r] =
           static_cast<float>(scale * w.maximum[r] + log(static_cast<double>(total)));

@@ -3,9 +3,11 @@
 // without it have the same bits on every instruction set. Internal linkage: see philox.h.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "bfloat16.h"
+#include "float16.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -153,6 +155,29 @@ DSA_RT_INLINE Floats load_vector(const BFloat16* p) {
   return (Floats)(widen(halves) << 16);
 }
 
+// Without instructions for it, fp16 takes a dozen operations a vector: one copy of them for a block, not one wherever a
+// block is read or written.
+#if defined(__F16C__)
+#define DSA_RT_FLOAT16 DSA_RT_INLINE
+#else
+#define DSA_RT_FLOAT16 __attribute__((noinline, unused)) static
+#endif
+
+DSA_RT_INLINE Floats float16_vector(Halves halves) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps((__m256i)halves);
+#elif defined(__F16C__)
+  return (Floats)_mm256_cvtph_ps((__m128i)halves);
+#else
+  return float16_numbers((Floats)widen(halves));
+#endif
+}
+DSA_RT_INLINE Floats load_vector(const Float16* p) {
+  Halves halves;
+  memcpy(&halves, p, sizeof halves);
+  return float16_vector(halves);
+}
+
 DSA_RT_INLINE Lanes load(const float* p, Whole) {
   return each_part([&](int i) { return load_vector(p + i * vector_floats); });
 }
@@ -163,6 +188,9 @@ DSA_RT_INLINE Lanes load(const BFloat16* p, Whole) {
 #else
   return each_part([&](int i) { return load_vector(p + i * vector_floats); });
 #endif
+}
+DSA_RT_FLOAT16 Lanes load(const Float16* p, Whole) {
+  return each_part([&](int i) { return load_vector(p + i * vector_floats); });
 }
 // Lanes that do not exist get `missing`.
 template <class T>
@@ -197,10 +225,25 @@ DSA_RT_INLINE bool convert(const Lanes& value, __m512i* halves) {
 }
 #endif
 
+DSA_RT_INLINE Halves float16_halves(Floats value) {
+#if defined(__AVX512F__)
+  return (Halves)_mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  return (Halves)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
+#else
+  return narrow((Words)float16_elements(value));
+#endif
+}
+
+DSA_RT_FLOAT16 Lanes float16_rounded(const Lanes& value) {
+  return each_part([&](int i) { return float16_vector(float16_halves(value.part[i])); });
+}
+
 // The value as an element of type T holds it.
 template <class T>
 DSA_RT_INLINE Lanes rounded(const Lanes& value) {
   if constexpr (sizeof(T) == 4) return value;
+  if constexpr (std::is_same_v<T, Float16>) return float16_rounded(value);
 #if defined(__AVX512BF16__)
   __m512i halves;
   if (convert(value, &halves)) return {{upper_halves<0>(halves, all_halves), upper_halves<16>(halves, all_halves)}};
@@ -232,6 +275,14 @@ DSA_RT_INLINE void store(BFloat16* p, const Lanes& value, Whole) {
 #endif
   store_rounded(p, each_part([&](int i) { return (Floats)bfloat16_words(value.part[i]); }), Whole{});
 }
+DSA_RT_FLOAT16 void store(Float16* p, const Lanes& value, Whole) {
+#pragma GCC unroll 8
+  for (int i = 0; i < Lanes::parts; ++i) {
+    const Halves halves = float16_halves(value.part[i]);
+    memcpy(p + i * vector_floats, &halves, sizeof halves);
+  }
+}
+DSA_RT_INLINE void store_rounded(Float16* p, const Lanes& value, Whole) { store(p, value, Whole{}); }
 // Past the caches, into aligned memory: it is not read first, and nothing has to leave the caches for it. Other threads
 // see it after streams_end().
 inline bool is_aligned(const void* p) { return (uintptr_t)p % 64 == 0; }
@@ -271,6 +322,20 @@ DSA_RT_INLINE void stream(BFloat16* p, const Lanes& value, Whole) {
   store(p, value, Whole{});
 #endif
 }
+DSA_RT_INLINE void stream(Float16* p, const Lanes& value, Whole) {
+#if defined(__AVX512F__)
+  const __m512i low = _mm512_castsi256_si512((__m256i)float16_halves(value.part[0]));
+  _mm512_stream_si512((__m512i*)p, _mm512_inserti64x4(low, (__m256i)float16_halves(value.part[1]), 1));
+#elif defined(__F16C__)
+#pragma GCC unroll 2
+  for (int i = 0; i < Lanes::parts; i += 2) {
+    const __m128i low = (__m128i)float16_halves(value.part[i]), high = (__m128i)float16_halves(value.part[i + 1]);
+    _mm256_stream_si256((__m256i*)p + i / 2, _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
+  }
+#else
+  store(p, value, Whole{});
+#endif
+}
 
 template <class T>
 inline void store(T* p, const Lanes& value, Some block) {
@@ -289,6 +354,23 @@ inline void store_rounded(BFloat16* p, const Lanes& value, Some block) {
   BFloat16 values[Lanes::count];
   store_rounded(values, value, Whole{});
   for (int64_t l = 0; l < block.count; ++l) p[l] = values[l];
+}
+inline void store_rounded(Float16* p, const Lanes& value, Some block) { store(p, value, block); }
+
+// Elements as they are, with the bits of their NaNs.
+template <class T>
+DSA_RT_INLINE void copy(T* to, const T* from, Whole) {
+  constexpr int vectors = Lanes::count * sizeof(T) / vector_bytes;
+#pragma GCC unroll 8
+  for (int i = 0; i < vectors; ++i) {
+    Floats bits;
+    memcpy(&bits, (const char*)from + i * vector_bytes, sizeof bits);
+    memcpy((char*)to + i * vector_bytes, &bits, sizeof bits);
+  }
+}
+template <class T>
+inline void copy(T* to, const T* from, Some block) {
+  for (int64_t l = 0; l < block.count; ++l) to[l] = from[l];
 }
 
 // Asks for the memory of elements that will be read soon; it need not be there.

@@ -46,7 +46,7 @@ struct LinearKernel {
 };
 
 struct LinearKernels {
-  LinearKernel float32, bfloat16;  // by the type of the weights
+  LinearKernel float32, bfloat16, float16;  // by the type of the weights
 };
 
 extern const LinearKernels linear_generic;

@@ -35,12 +35,7 @@ struct FmaOperands : Base {
   using Units = Vec;
   static constexpr int group = 1;
 
-  static Units units(const float* p) { return Base::load(p); }
-  static Units units(const BFloat16* p) {
-    Halves halves;
-    memcpy(&halves, p, sizeof halves);
-    return (Vec)(widen(halves) << 16);
-  }
+  static Units units(const W* p) { return (Vec)load_vector(p); }
   static Units repeat(const float* p) { return Base::all(*p); }
   static Vec multiply_add(Vec total, Units a, Units b) { return Base::multiply_add_floats(a, b, total); }
 };
@@ -151,6 +146,14 @@ void pack_row(typename V::Element* to, const T* x, int64_t count) {
   for (int64_t i = count; i % V::group; ++i) store(to + i, 0.0f);
 }
 
+// Calls body(an element of that type): rows of x and out are in fp32 or in the type of the weights.
+template <class W, class Body>
+void with_row_type(Element element, Body body) {
+  if constexpr (!std::is_same_v<W, float>)
+    if (element != Element::float32) return body(W{});
+  body(float{});
+}
+
 // Rows [first_row, first_row + rows) of batch·active, columns [first_column, first_column + columns).
 template <class V, class X>
 void run_tile(const LinearParams& p, const LinearWork<V>& w, int64_t first_row, int64_t rows, int64_t first_column,
@@ -185,7 +188,7 @@ void run_tile(const LinearParams& p, const LinearWork<V>& w, int64_t first_row, 
       }
       if (b + 1 < w.blocks) continue;
       for (int64_t i = 0; i < some; ++i)
-        with_type(p.out.element, [&](auto type) {
+        with_row_type<typename V::Weight>(p.out.element, [&](auto type) {
           const int64_t row = first_row + r + i;
           finish<V>(p, row_of<decltype(type)>(p.out, row / p.active, row % p.active), sums + i * sum_step, first_column,
                     columns);
@@ -198,7 +201,7 @@ template <class V>
 void run_tiles(const LinearParams& p, LinearTile tile, void* scratch, int64_t begin, int64_t end) {
   const LinearWork<V> work(p, tile, scratch);
   const int64_t all_rows = p.batch * p.active, row_tiles = (all_rows + tile.rows - 1) / tile.rows;
-  with_type(p.x.element, [&](auto type) {
+  with_row_type<typename V::Weight>(p.x.element, [&](auto type) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i % row_tiles * tile.rows, column = i / row_tiles * tile.columns;
       run_tile<V, decltype(type)>(p, work, row, least(tile.rows, all_rows - row), column,

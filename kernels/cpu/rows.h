@@ -3,6 +3,7 @@
 
 #include "../step.h"
 #include "bfloat16.h"
+#include "float16.h"
 
 namespace dsa_rt::cpu {
 namespace {
@@ -21,7 +22,11 @@ T* flat_row(const Rows& rows, int64_t active, int64_t index) {
 // Calls body(an element of that type).
 template <class Body>
 void with_type(Element element, Body body) {
-  element == Element::float32 ? body(float{}) : body(BFloat16{});
+  switch (element) {
+    case Element::float32: return body(float{});
+    case Element::bfloat16: return body(BFloat16{});
+    case Element::float16: return body(Float16{});
+  }
 }
 
 }  // namespace

@@ -17,11 +17,7 @@ namespace {
 // Calls body(type of x, type of velocity) for the element types of the two.
 template <class Body>
 void with_types(Element x, Element velocity, Body body) {
-  const bool wide_velocity = velocity == Element::float32;
-  if (x == Element::float32)
-    wide_velocity ? body(float{}, float{}) : body(float{}, BFloat16{});
-  else
-    wide_velocity ? body(BFloat16{}, float{}) : body(BFloat16{}, BFloat16{});
+  with_type(x, [&](auto x_type) { with_type(velocity, [&](auto velocity_type) { body(x_type, velocity_type); }); });
 }
 
 constexpr int tile_blocks = 256;
@@ -31,7 +27,8 @@ struct NoiseTile {
   uint32_t block[tile_blocks], token_low[tile_blocks], token_high[tile_blocks];
   float normals[4 * tile_blocks];
 
-  void generate(int count, uint32_t draw, uint64_t seed) {
+  // Not inline: it would be there once for each pair of element types.
+  __attribute__((noinline)) void generate(int count, uint32_t draw, uint64_t seed) {
     for (int i = 0; i < count; ++i) {
       const uint64_t token = token_low[i] | ((uint64_t)token_high[i] << 32);
       const Normals n = philox_normals(block[i], draw, token, seed);
@@ -76,7 +73,7 @@ void for_each_noise(const int64_t* seeds, const int64_t* tokens, int64_t rows, i
 }
 
 void philox_normal(const PhiloxNormalParams& p, int64_t begin, int64_t end) {
-  with_types(p.out.element, Element::float32, [&](auto type, auto) {
+  with_type(p.out.element, [&](auto type) {
     using T = decltype(type);
     for_each_noise(p.seeds, p.tokens, p.rows, p.width, p.draw, begin, end,
                    [&](int64_t batch, int64_t row, int64_t first, int64_t count, const float* normals) {
@@ -121,7 +118,7 @@ float replace_row(V* cached, const V* fresh, int64_t width) {
     const Lanes value = load(fresh + i, block);
     change = change + absolute(value - load(cached + i, block));
     norm = norm + absolute(value);
-    store_rounded(cached + i, value, block);
+    copy(cached + i, fresh + i, block);
   });
   const float smallest = bits_to_float(0x00800000u), size = sum(norm);
   return sum(change) / (size < smallest ? smallest : size);  // a NaN norm stays

@@ -38,6 +38,9 @@ struct Avx2 {
     const __m128i bits = _mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     return _mm_castsi128_ps(_mm_slli_epi32(bits, 16));
   }
+  static __m128 four(const Float16* p) {
+    return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
   static __m128 four(const Float8* p) {
     int codes;
     memcpy(&codes, p, sizeof codes);

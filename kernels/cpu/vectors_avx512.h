@@ -30,6 +30,9 @@ struct Avx512 {
   static __m128i four(const BFloat16* p) {
     return _mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 16);
   }
+  static __m128i four(const Float16* p) {
+    return _mm_castps_si128(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
   static __m128i four(const Float8* p) {
     int codes;
     memcpy(&codes, p, sizeof codes);

@@ -245,7 +245,7 @@ def test_what_the_models_call(op: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_stored_rows(dtype: torch.dtype) -> None:
     """q is returned, k and v are in their rows, also in a dtype that no kernel has."""
     q, k, v = (torch.randn(2, 4, 12).to(dtype) for _ in range(3))
@@ -277,13 +277,13 @@ def test_a_sum_that_is_kept_and_one_that_is_not(dtype: torch.dtype) -> None:
 
 
 def test_a_dtype_without_kernel() -> None:
-    """fp16 models run on the definitions."""
-    x, y, table = torch.randn(1, 4, 12).half(), torch.randn(1, 4, 12).half(), torch.randn(1, 1, 12)
+    """fp64 models run on the definitions."""
+    x, y, table = torch.randn(1, 4, 12).double(), torch.randn(1, 4, 12).double(), torch.randn(1, 1, 12)
     for out in (
         ops.norm_modulate(x, table, table, None, EPS), *ops.residual_norm_modulate(x, y, table, table, table, None, EPS)
     ):  # fmt: skip
-        assert out.dtype == torch.float16 and out.isfinite().all()
-    assert ops.confidence_pool(torch.randn(2, 6), x, torch.ones(12).half(), y, EPS).dtype == torch.float32
+        assert out.dtype == torch.float64 and out.isfinite().all()
+    assert ops.confidence_pool(torch.randn(2, 6), x, torch.ones(12).double(), y, EPS).dtype == torch.float32
 
 
 @pytest.mark.parametrize("activation", ["none", "gelu", "gelu_erf", "silu"])

@@ -56,6 +56,12 @@ def poison(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.full(shape, float("nan"), dtype=dtype)
 
 
+def rounding(result: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """How far the nearest number of a dtype may be: half a unit, which is fixed below the smallest normal one."""
+    numbers = torch.finfo(dtype)
+    return 0.505 * numbers.eps * np.maximum(abs(result), numbers.smallest_normal)
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal bit for bit, except that any NaN equals any NaN."""
     if a.dtype != b.dtype or a.shape != b.shape:

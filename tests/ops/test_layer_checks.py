@@ -97,7 +97,7 @@ def test_wrong_device(op: str, name: str) -> None:
 def test_wrong_dtype(op: str, name: str) -> None:
     """Ops that move rows take any dtype, but the same for all."""
     arguments = MAKE[op]()
-    wrong = torch.float16 if arguments[name].is_floating_point() else torch.int32
+    wrong = torch.float64 if arguments[name].is_floating_point() else torch.int32
     arguments[name] = arguments[name].to(wrong)
     moves = op in ("gather_rows", "scatter_rows") and name != "rows"
     refused(op, arguments, "expected float" if moves else f"{name} has dtype {wrong}, expected ")

@@ -16,11 +16,11 @@ from dsa_rt.errors import OptionError, ShapeError
 from dsa_rt.ops import backend
 from dsa_rt.ops.linear import PackedLinear, linear, pack_linear
 
-from .conftest import KERNELS, PATHS, Guarded, poison, random, same_bits
+from .conftest import KERNELS, PATHS, Guarded, poison, random, rounding, same_bits
 from .refusing import refused_by
 
-FP32, BF16 = torch.float32, torch.bfloat16
-DTYPES = [(FP32, FP32, FP32), *((BF16, x, out) for x, out in product((FP32, BF16), repeat=2))]  # weights, x, out
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = [(FP32, FP32, FP32), *((w, *rows) for w in (BF16, FP16) for rows in product((FP32, w), repeat=2))]  # W, x, out
 kernels = pytest.mark.parametrize("kernel", KERNELS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
@@ -68,8 +68,7 @@ def check(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activatio
     if activation != "none":
         result = {"gelu": gelu, "gelu_erf": gelu_erf, "silu": silu}[activation](result)
         error = 1.13 * error + 2e-6 * abs(result) + (5e-7 if activation == "gelu_erf" else 0)  # slopes are below 1.13
-    half_ulp = 2.0**-8 if out.dtype == BF16 else 2.0**-24
-    assert (abs(out.double().numpy() - result) <= 1.01 * half_ulp * (abs(result) + error) + error + 1e-30).all()
+    assert (abs(out.double().numpy() - result) <= rounding(abs(result) + error, out.dtype) + error + 1e-30).all()
 
 
 SHAPES = [  # batch, active, K, N
@@ -190,11 +189,12 @@ def test_weights_that_share_their_input(kernel: str, dtype: tuple[torch.dtype, .
 
 
 @kernels
-def test_rows_of_fp32_are_rounded_to_the_weights(kernel: str, rng: np.random.Generator) -> None:
-    x, packed = random(rng, 1, 50, 190), pack(kernel, random(rng, 100, 190, dtype=BF16))
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_rows_of_fp32_are_rounded_to_the_weights(kernel: str, dtype: torch.dtype, rng: np.random.Generator) -> None:
+    x, packed = random(rng, 1, 50, 190), pack(kernel, random(rng, 100, 190, dtype=dtype))
     wide, rounded = poison(2, 1, 50, 100)
     run(kernel, wide, x, packed)
-    run(kernel, rounded, x.bfloat16(), packed)
+    run(kernel, rounded, x.to(dtype), packed)
     assert same_bits(wide, rounded)
 
 
@@ -226,7 +226,7 @@ def test_nothing_to_do(path: str) -> None:
 
 
 @kernels
-@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 def test_a_pack_holds_the_weights(kernel: str, dtype: torch.dtype, rng: np.random.Generator) -> None:
     for n, k in ((1, 1), (64, 48), (70, 33), (16, 5), (129, 2)):
         weight = random(rng, n, k, dtype=dtype)
@@ -249,7 +249,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"x": [1.0]}, "x is a list, expected a torch.Tensor"),
     ({"x": torch.randn(5, 4)}, "x has shape [5, 4], expected 3 dimensions [B, A, K]"),
     ({"x": torch.randn(2, 4, 4)}, "x has shape [2, 4, 4], expected [B=2 as in out, A=5 as in out, K]"),
-    ({"x": torch.randn(2, 5, 4).half()}, "x has dtype torch.float16, expected float32 or bfloat16"),
+    ({"x": torch.randn(2, 5, 4).double()}, "x has dtype torch.float64, expected float32 or bfloat16 or float16"),
+    ({"x": torch.randn(2, 5, 4).half(), "weight": narrow()}, "x has dtype torch.float16, expected float32 or bfloat16"),
     ({"x": torch.randn(2, 5, 4).bfloat16()}, "x has dtype torch.bfloat16, expected float32 as weight"),
     ({"out": torch.randn(2, 5, 6).bfloat16()}, "out has dtype torch.bfloat16, expected float32 as weight"),
     ({"out": torch.randn(2, 5, 6).long(), "weight": narrow()}, "out has dtype torch.int64, expected float32 or bf"),
@@ -322,5 +323,6 @@ def test_opcheck() -> None:
 def test_the_native_kernel_is_chosen_by_the_processor() -> None:
     info = _native.build_info()
     best = info["instruction_sets"][0]
-    assert backend.choose("linear", "cpu", FP32) == ("torch" if best == "generic" else "native")
+    for dtype in (FP32, FP16):
+        assert backend.choose("linear", "cpu", dtype) == ("torch" if best == "generic" else "native")
     assert backend.choose("linear", "cpu", BF16) == ("torch" if best == "generic" or info["amx_bf16"] else "native")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from .conftest import KERNELS, Guarded, call, poison, random, same_bits
+from .conftest import KERNELS, Guarded, call, poison, random, rounding, same_bits
 
-FLOATS = [torch.float32, torch.bfloat16]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-6
 dtypes = pytest.mark.parametrize("dtype", FLOATS)
 kernels = pytest.mark.parametrize("kernel", KERNELS)
@@ -38,8 +38,7 @@ def exact(x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor) -> tuple[np.nda
 def near(out: Tensor, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor) -> None:
     """One rounding to the dtype, beside those of fp32 arithmetic."""
     result, size = exact(x, shift, scale, rows)
-    half_ulp = 2.0**-8 if out.dtype == torch.bfloat16 else 2.0**-24
-    assert (abs(wide(out) - result) <= 1.01 * half_ulp * abs(result) + 2e-6 * size + 1e-6).all()
+    assert (abs(wide(out) - result) <= rounding(result, out.dtype) + 2e-6 * size + 1e-6).all()
 
 
 @dtypes
@@ -93,7 +92,7 @@ def test_tables_of_one_row_beside_others(path: str, dtype: torch.dtype, rng: np.
     assert same_bits(total, added)
     near(out, added, shift, scale, rows)
     affine = torch.nn.functional.layer_norm(added.double(), (40,), weight.double(), bias.double(), EPS)
-    assert (out.double() - affine).abs().max() < (4e-2 if dtype == torch.bfloat16 else 1e-5)
+    assert (out.double() - affine).abs().max() < max(5 * torch.finfo(dtype).eps, 1e-5)
 
 
 def test_rows_far_from_zero(path: str, rng: np.random.Generator) -> None:
@@ -116,7 +115,7 @@ def test_rows_whose_first_guess_of_the_mean_is_far_off(
     for k in range(4):
         x[0, :, channels // 4 * k] += away * (1 if k < 2 else 0.99)
     x += random(rng, 1, 12, 1)
-    x = x.to(dtype)
+    x = x.clamp(-6e4, 6e4).to(dtype)
     shift, scale = random(rng, 1, 1, channels), random(rng, 1, 1, channels)
     out = poison(1, 12, channels, dtype=dtype)
     call(path, "norm_modulate", out, x, shift, scale, None, EPS)
@@ -198,8 +197,7 @@ def test_rms_norm_against_fp64(
     out = Guarded(poison(*shape, dtype=dtype))
     call(path, "rms_norm", out.tensor, x.tensor, weight, EPS, threads=2)
     result = wide(x.tensor) / np.sqrt((wide(x.tensor) ** 2).mean(-1, keepdims=True) + EPS) * wide(weight)
-    half_ulp = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-24
-    assert (abs(wide(out.tensor) - result) <= (1.01 * half_ulp + 1e-6) * abs(result) + 1e-30).all()
+    assert (abs(wide(out.tensor) - result) <= rounding(result, dtype) + 1e-6 * abs(result) + 1e-30).all()
     call(path, "rms_norm", x.tensor, x.tensor, weight, EPS, threads=2)
     assert same_bits(x.tensor, out.tensor) and x.intact() and out.intact()
 

@@ -60,7 +60,7 @@ def test_normals_against_the_mathematics_library(path: str, rng: np.random.Gener
     np.testing.assert_allclose(out.numpy(), np.array(expected), rtol=2e-6, atol=4e-7)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1), (2, 7, 3), (3, 37, 30), (1, 108, 32), (2, 5, 1029), (1, 300, 4)]
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .conftest import KERNELS, Guarded, call, poison, random, same_bits
 
-FLOATS = [torch.float32, torch.bfloat16]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-6
 dtypes = pytest.mark.parametrize("dtype", FLOATS)
 # batch, tokens, heads, head dim

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from .conftest import KERNELS, Guarded, call, poison, random, same_bits
+from .conftest import KERNELS, Guarded, call, poison, random, rounding, same_bits
 
-FLOATS = [torch.float32, torch.bfloat16]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-6
 dtypes = pytest.mark.parametrize("dtype", FLOATS)
 # batch, active, cache rows, heads, head dim
@@ -29,8 +29,7 @@ def exact(x: Tensor, weight: Tensor, angles: np.ndarray, heads: int) -> tuple[np
 def near(got: Tensor, expected: tuple[np.ndarray, np.ndarray]) -> None:
     """One rounding to the dtype, beside those of fp32 arithmetic."""
     result, size = expected
-    half_ulp = 2.0**-8 if got.dtype == torch.bfloat16 else 2.0**-24
-    assert (abs(got.double().numpy() - result) <= 1.01 * half_ulp * abs(result) + 1e-6 * size + 1e-12).all()
+    assert (abs(got.double().numpy() - result) <= rounding(result, got.dtype) + 1e-6 * size + 1e-12).all()
 
 
 def rotation(rng: np.random.Generator, active: int, pairs: int) -> tuple[Tensor, Tensor, np.ndarray]:

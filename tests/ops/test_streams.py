@@ -15,7 +15,7 @@ if CACHE > 1 << 27:
     pytest.skip("the last cache is too large to write more than it holds in a test", allow_module_level=True)
 
 # Channels whose rows all start at a multiple of 64 bytes, and such where few do and the last block is not whole.
-WIDTHS = [(1504, torch.float32), (1496, torch.float32), (1504, torch.bfloat16), (1508, torch.bfloat16)]
+WIDTHS = [(1496, torch.float32), (1504, torch.bfloat16), (1508, torch.bfloat16), (1504, torch.float16)]
 
 
 def rows_for(width: int, dtype: torch.dtype) -> int:
@@ -46,7 +46,7 @@ def test_norm_modulate(path: str, width: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("path", KERNELS)
 @pytest.mark.parametrize("in_place", [False, True])
 def test_residual_norm_modulate(path: str, in_place: bool) -> None:
-    width, dtype = 1504, torch.bfloat16
+    width, dtype = 1504, torch.float16 if in_place else torch.bfloat16
     x, y = (made(rows_for(width, dtype), width, dtype) for _ in range(2))
     tables = [torch.randn(1, 1, width) for _ in range(3)]
     given, out, expected, sums = x.clone(), poisoned(x), poisoned(x), poisoned(x)
@@ -73,10 +73,13 @@ def test_rms_norm(path: str, width: int, dtype: torch.dtype, in_place: bool) -> 
 
 
 @pytest.mark.parametrize("path", KERNELS)
-@pytest.mark.parametrize(("heads", "dim", "gap"), [(12, 128, 0), (12, 128, 8), (7, 68, 0), (5, 288, 0)])
-def test_qk_norm_rope_store(path: str, heads: int, dim: int, gap: int) -> None:
+@pytest.mark.parametrize(
+    ("heads", "dim", "gap", "dtype"),
+    [(12, 128, 0, torch.bfloat16), (12, 128, 8, torch.float16), (7, 68, 0, torch.bfloat16), (5, 288, 0, torch.float16)],
+)
+def test_qk_norm_rope_store(path: str, heads: int, dim: int, gap: int, dtype: torch.dtype) -> None:
     """Also where heads lie apart, and where they do not begin at multiples of 64 bytes."""
-    width, dtype = heads * dim, torch.bfloat16
+    width = heads * dim
     count = rows_for(3 * width, dtype)
     q, k, v = (made(count, width, dtype) for _ in range(3))
     q_weight, k_weight, cos, sin = torch.rand(width), torch.rand(width), *torch.randn(2, count, dim // 2)
