@@ -30,6 +30,7 @@ except ImportError as error:  # a source tree that was never built
 
 _FOUND: dict[tuple[str, str, torch.dtype, str | None], tuple[object, list[Any]]] = {}  # see candidates
 _FLOATS = (torch.float32, torch.bfloat16)
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,10 @@ def _attention() -> tuple[Implementation, ...]:
     rows = [_cpu_products()]
     if native.build_info()["cuda"]:
         note = "CUDA kernel for compute capability 9.0, D 64 and 128"
-        rows.append(Implementation("native", ("cuda",), (torch.bfloat16,), note, refuses=_not_for_hopper))
+        rows.append(Implementation("native", ("cuda",), _HALVES, note, refuses=_not_for_hopper))
     rows.append(Implementation("torch", note="the framework's fused kernel"))
     others = [
-        Implementation(name, ("cuda",), (torch.bfloat16,), kernel.note, missing=kernel.missing, run=kernel.run,
+        Implementation(name, ("cuda",), _HALVES, kernel.note, missing=kernel.missing, run=kernel.run,
                        refuses=kernel.refuses)
         for name, kernel in fused.KERNELS.items()
     ]  # fmt: skip
