@@ -186,10 +186,7 @@ __global__ __launch_bounds__(Layout::max_threads, Layout::min_blocks) void rms_n
       put<aligned>(out + Layout::column(i), packs[i]);
     }
   };
-  if (p.weight_element == Element::float32)
-    finish(static_cast<const float*>(p.weight));
-  else
-    finish(static_cast<const __nv_bfloat16*>(p.weight));
+  with_pointer(p.weight_element, p.weight, finish);
 }
 
 // One of q, k, v of a token: blockIdx.y = 3·batch + which.
@@ -249,11 +246,7 @@ __global__ __launch_bounds__(Layout::max_threads) void qk_norm_rope_store_kernel
       put<aligned>(to + column / dim * target.head_stride + within, packs[i]);
     }
   };
-  const void* weight = which == 0 ? p.q_weight : p.k_weight;
-  if (p.weight_element == Element::float32)
-    finish(static_cast<const float*>(weight));
-  else
-    finish(static_cast<const __nv_bfloat16*>(weight));
+  with_pointer(p.weight_element, which == 0 ? p.q_weight : p.k_weight, finish);
 }
 
 template <class W>

@@ -127,7 +127,7 @@ class ExitDecisionParams(Structure):
 
 
 def _element(x: Tensor) -> int:
-    return {torch.float32: 0, torch.bfloat16: 1}[x.dtype]
+    return {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}[x.dtype]
 
 
 def _address(x: Tensor | None) -> int | None:

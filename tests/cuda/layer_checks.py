@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dsa_rt import reference
 
-FLOATS = [torch.float32, torch.bfloat16]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["dense", "aligned", "odd", "mixed"]
 """Rows without gaps; gaps of 16 bytes; gaps and a start of one element; each tensor another of the last two."""
 
@@ -92,8 +92,10 @@ def nothing(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def close(result: Tensor, expected: Tensor, size: Tensor | float = 0.0) -> None:
     """One rounding to the result's dtype, and 32 of fp32 on terms of the given size, beyond the result's own."""
-    half = 2.0**-8 if result.dtype == torch.bfloat16 else 2.0**-24
-    allowed = 1.01 * half * expected.abs() + 32 * 2.0**-24 * (expected.abs() + size) + 1e-30
+    half, least = {
+        torch.bfloat16: (2.0**-8, 1e-30), torch.float16: (2.0**-11, 2.0**-25), torch.float32: (2.0**-24, 1e-30)
+    }[result.dtype]  # fmt: skip
+    allowed = 1.01 * (half * expected.abs() + least) + 32 * 2.0**-24 * (expected.abs() + size)
     error = (result.double() - expected).abs() / allowed
     assert bool((error <= 1).all()), f"{float(error.nan_to_num(math.inf).max())} times what is allowed"
 
@@ -313,8 +315,8 @@ def step_family(
     torch.testing.assert_close(score.cpu(), change, rtol=1e-5, atol=0)
 
 
-def exit_decision(machine: Machine, rng: np.random.Generator) -> None:
-    logit, threshold = random(rng, 300, scale=5.0), torch.from_numpy(rng.random(300, dtype=np.float32))
+def exit_decision(machine: Machine, rng: np.random.Generator, dtype: torch.dtype) -> None:
+    logit, threshold = random(rng, 300, dtype=dtype, scale=5.0), torch.from_numpy(rng.random(300, dtype=np.float32))
     refine = torch.full((300,), 9, dtype=torch.uint8).to(machine.device)
     confidence = nothing(300).to(machine.device)
     machine.run("exit_decision", refine, confidence, logit.to(machine.device), threshold.to(machine.device))

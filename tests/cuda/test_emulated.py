@@ -16,8 +16,17 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler"),
     pytest.mark.skipif(not (emulation.ROOT / "kernels/cuda").exists(), reason="not a source tree"),
 ]
+HALVES = (torch.bfloat16, torch.float16)
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
-dtypes = pytest.mark.parametrize("dtype", FLOATS)
+
+
+def rows_of(shapes: list[tuple[int, ...]]) -> pytest.MarkDecorator:
+    """Every shape in every layout, in fp32 and one of bf16 and fp16, whose kernels are the same template."""
+    every = [(shape, layout, (i + j) % 2) for i, shape in enumerate(shapes) for j, layout in enumerate(LAYOUTS)]
+    return pytest.mark.parametrize(
+        "shape, dtype, layout",
+        [(shape, dtype, layout) for shape, layout, half in every for dtype in (torch.float32, HALVES[half])],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +41,7 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-@layouts
-@dtypes
-@pytest.mark.parametrize("shape", layer_checks.NORM_SHAPES)
+@rows_of(layer_checks.NORM_SHAPES)
 def test_norm_modulate(
     machine: Machine, rng: np.random.Generator, shape: tuple[int, int, int], dtype: torch.dtype, layout: str
 ) -> None:
@@ -42,9 +49,7 @@ def test_norm_modulate(
         layer_checks.norm_modulate(machine, rng, shape, dtype, layout, residual)
 
 
-@layouts
-@dtypes
-@pytest.mark.parametrize("shape", layer_checks.NORM_SHAPES)
+@rows_of(layer_checks.NORM_SHAPES)
 def test_rms_norm(
     machine: Machine, rng: np.random.Generator, shape: tuple[int, int, int], dtype: torch.dtype, layout: str
 ) -> None:
@@ -52,14 +57,12 @@ def test_rms_norm(
         layer_checks.rms_norm(machine, rng, shape, dtype, layout, weights)
 
 
-@layouts
-@dtypes
-@pytest.mark.parametrize("shape", layer_checks.QK_SHAPES)
+@rows_of(layer_checks.QK_SHAPES)
 def test_qk_norm_rope_store(
     machine: Machine, rng: np.random.Generator, shape: tuple[int, int, int, int, int], dtype: torch.dtype,
     layout: str,
 ) -> None:  # fmt: skip
-    for weights, with_slots in ((torch.float32, True), (torch.bfloat16, False)):
+    for weights, with_slots in ((torch.float32, True), (torch.bfloat16, False), (torch.float16, True)):
         layer_checks.qk_norm_rope_store(machine, rng, shape, dtype, layout, weights, with_slots)
 
 
@@ -71,9 +74,7 @@ def test_move_rows(
     layer_checks.move_rows(machine, rng, row, dtype, layout)
 
 
-@layouts
-@dtypes
-@pytest.mark.parametrize("shape", layer_checks.POOL_SHAPES)
+@rows_of(layer_checks.POOL_SHAPES)
 def test_confidence_pool(
     machine: Machine, rng: np.random.Generator, shape: tuple[int, int, int, int], dtype: torch.dtype,
     layout: str,
@@ -105,7 +106,7 @@ def test_out_of_range(machine: Machine, op: str, bad: int) -> None:
     layer_checks.out_of_range(machine, op, bad, lambda tensor: tensor, stops)
 
 
-@dtypes
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("velocity_dtype", FLOATS)
 @pytest.mark.parametrize("shape", layer_checks.STEP_SHAPES)
 def test_step_family(
@@ -115,5 +116,6 @@ def test_step_family(
     layer_checks.step_family(machine, rng, shape, dtype, velocity_dtype)
 
 
-def test_exit_decision(machine: Machine, rng: np.random.Generator) -> None:
-    layer_checks.exit_decision(machine, rng)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_exit_decision(machine: Machine, rng: np.random.Generator, dtype: torch.dtype) -> None:
+    layer_checks.exit_decision(machine, rng, dtype)

@@ -84,16 +84,17 @@ def test_step_family(
     layer_checks.step_family(machine, rng, shape, dtype, velocity_dtype)
 
 
-def test_exit_decision(rng: np.random.Generator) -> None:
-    layer_checks.exit_decision(machine, rng)
+@dtypes
+def test_exit_decision(rng: np.random.Generator, dtype: torch.dtype) -> None:
+    layer_checks.exit_decision(machine, rng, dtype)
 
 
-def calls(rng: np.random.Generator) -> dict[str, tuple[list[Tensor], tuple[Any, ...]]]:
+def calls(rng: np.random.Generator, dtype: torch.dtype) -> dict[str, tuple[list[Tensor], tuple[Any, ...]]]:
     """Every op: its outputs, and its arguments on the card."""
     batch, active, heads, dim, cached = 2, 37, 3, 64, 50
     width = heads * dim
 
-    def made(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def made(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return random(rng, *shape, dtype=dtype).cuda()
 
     def rows(total: int) -> Tensor:
@@ -122,14 +123,15 @@ def calls(rng: np.random.Generator) -> dict[str, tuple[list[Tensor], tuple[Any, 
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "op",
     ["norm_modulate", "residual_norm_modulate", "rms_norm", "qk_norm_rope_store", "gather_rows", "scatter_rows",
      "confidence_pool"],
 )
-def test_graph_capture(rng: np.random.Generator, op: str) -> None:
+def test_graph_capture(rng: np.random.Generator, op: str, dtype: torch.dtype) -> None:
     """A captured call replayed on other numbers has the bits of a plain one."""
-    outputs, arguments = calls(rng)[op]
+    outputs, arguments = calls(rng, dtype)[op]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -139,7 +141,7 @@ def test_graph_capture(rng: np.random.Generator, op: str) -> None:
     with torch.cuda.graph(graph):
         machine.run(op, *arguments)
     for argument in arguments:
-        if isinstance(argument, Tensor) and argument.is_floating_point():
+        if isinstance(argument, Tensor) and argument.is_floating_point() and argument.itemsize > 1:
             argument.mul_(1.5).add_(0.25)
     before = [output.clone() for output in outputs]
     machine.run(op, *arguments)

@@ -19,6 +19,7 @@ import pytest
 
 CUDA = Path(__file__).resolve().parents[2] / "kernels" / "cuda"
 EVERYWHERE = ("80", "90a", "120")
+HALF = "I(13__nv_bfloat16|6__half)"  # as a template's first argument in a kernel's name
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,10 @@ SOURCES = {
     "step": Source(EVERYWHERE, {"": 40}),  # 6 blocks of 256
     "layers": Source(
         EVERYWHERE,
-        # Rows of 16-byte pieces of bf16: 5 blocks of 128. A row over a block: up to 512 threads. Else 3 of 128.
+        # Rows of 16-byte pieces of bf16 or fp16: 5 blocks of 128. A row over a block: up to 512 threads. Else 3 of 128.
         {
-            "norm_modulate.*I13__nv_bfloat16Li8E": 96, "norm_modulate.*Lb1E": 128, "norm_modulate": 168,
-            "rms_norm.*I13__nv_bfloat16Li8E": 96, "rms_norm.*Lb1E": 128, "rms_norm": 168,
+            f"norm_modulate.*{HALF}Li8E": 96, "norm_modulate.*Lb1E": 128, "norm_modulate": 168,
+            f"rms_norm.*{HALF}Li8E": 96, "rms_norm.*Lb1E": 128, "rms_norm": 168,
             "qk_norm_rope": 96, "move_rows": 48,
         },
     ),
@@ -165,9 +166,9 @@ def test_no_local_memory(kernels: list[Kernel]) -> None:
 
 @needs_cuobjdump
 def test_rows_move_in_16_bytes(kernels: list[Kernel]) -> None:
-    """Kernels for aligned rows of bf16 read and write them 16 bytes at a time."""
-    found = [k for k in kernels if re.search("RowLayoutI13__nv_bfloat16Li8E", k.name)]
-    assert len(found) == 3 * 5 * len(EVERYWHERE)  # norms, their RMSNorm, and q, k, v
+    """Kernels for aligned rows of bf16 and fp16 read and write them 16 bytes at a time; FP8 leaves in pieces of 8."""
+    found = [k for k in kernels if re.search(f"RowLayout{HALF}Li8E", k.name)]
+    assert len(found) == 2 * 3 * 5 * len(EVERYWHERE)  # norms, their RMSNorm, and q, k, v
     for kernel in found:
         reads, writes = ([i for i in kernel.instructions if i.startswith(op)] for op in ("LDG", "STG"))
         rows = [i for i in reads if "STRONG" in i or "BYPASS" in i]  # past L1
