@@ -167,7 +167,7 @@ _BEFORE_TRITON = {
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     op: (*rows, _triton(op)) if op in triton.FAMILIES else rows for op, rows in _BEFORE_TRITON.items()
 } | {
-    "quantize_rows": _fp8("quantize_rows"),
+    "quantize_rows": (_FLOAT_ROWS[0], _triton("quantize_rows", dtypes=_FLOATS), _DEFINITION),
     "active_attention_fp8": _fp8(
         "active_attention_fp8", note="Triton kernels for compute capability 8.9 and later, D to 128",
         refuses=_not_in_e4m3,

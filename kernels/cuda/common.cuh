@@ -42,7 +42,9 @@ struct Pack {
 template <int bytes>
 using Word = std::conditional_t<
     bytes % 16 == 0, uint4,
-    std::conditional_t<bytes % 8 == 0, uint2, std::conditional_t<bytes % 4 == 0, uint32_t, uint16_t>>>;
+    std::conditional_t<bytes % 8 == 0, uint2,
+                       std::conditional_t<bytes % 4 == 0, uint32_t,
+                                          std::conditional_t<bytes % 2 == 0, uint16_t, uint8_t>>>>;
 
 // once: read by one thread, so past L1, which keeps what rows share. again: shared and constant while the kernel runs.
 enum class Reuse { once, again };
@@ -110,10 +112,14 @@ __device__ __forceinline__ float warp_max(float value) {
   return value;
 }
 
-// Whether 16-byte accesses are possible: the address and every stride in bytes are multiples of 16.
+// Whether accesses of `width` bytes are possible: the address and every stride in bytes are multiples of it.
+template <int width, class... Strides>
+bool aligned_to(const void* data, Strides... bytes) {
+  return ((reinterpret_cast<uintptr_t>(data) | ... | static_cast<uintptr_t>(bytes)) % width) == 0;
+}
 template <class... Strides>
 bool aligned16(const void* data, Strides... bytes) {
-  return ((reinterpret_cast<uintptr_t>(data) | ... | static_cast<uintptr_t>(bytes)) % 16) == 0;
+  return aligned_to<16>(data, bytes...);
 }
 
 // Calls body with a value of the element's type.
@@ -140,6 +146,10 @@ constexpr int64_t size_of(Element element) { return element == Element::float32 
 
 inline bool aligned_rows(const Rows& rows) {
   return aligned16(rows.data, rows.batch_stride * size_of(rows.element), rows.row_stride * size_of(rows.element));
+}
+template <int width = 16>
+bool aligned_heads(const Heads& heads, int64_t size) {
+  return aligned_to<width>(heads.data, heads.batch_stride * size, heads.row_stride * size, heads.head_stride * size);
 }
 
 struct Grid {

@@ -59,9 +59,6 @@ void with_layout(const char* op, bool aligned, int64_t width, Body body) {
 bool aligned_table(const Modulation& table) {
   return aligned16(table.data, table.batch_stride * 4, table.row_stride * 4);
 }
-bool aligned_heads(const Heads& heads, int64_t size) {
-  return aligned16(heads.data, heads.batch_stride * size, heads.row_stride * size, heads.head_stride * size);
-}
 
 // The sum over a row's threads, the same bits in each. Sums that follow each other take turns between two `places`.
 template <class Layout>

@@ -74,6 +74,26 @@ def test_move_rows(
     layer_checks.move_rows(machine, rng, row, dtype, layout)
 
 
+@rows_of(layer_checks.QUANTIZE_SHAPES)
+def test_quantize_rows(
+    machine: Machine, rng: np.random.Generator, shape: tuple[int, int, int, int, int], dtype: torch.dtype,
+    layout: str,
+) -> None:  # fmt: skip
+    for with_slots in (True, False):
+        layer_checks.quantize_rows(machine, rng, shape, dtype, layout, with_slots)
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [((1, 2**31, 2, 8), "4294967296 heads of rows, expected at most 4294967295"),
+     ((1, 1, 1, 2**30 + 1), "1073741825 elements in a head, expected at most 1073741824")],
+)  # fmt: skip
+def test_more_than_quantize_rows_counts(machine: Machine, shape: tuple[int, ...], says: str) -> None:
+    rows = torch.empty(1, 1, 1, 1).expand(shape)
+    with pytest.raises(RuntimeError, match=f"quantize_rows: {says}; use another backend"):
+        machine.run("quantize_rows", rows, rows[..., 0], rows, None)
+
+
 @rows_of(layer_checks.POOL_SHAPES)
 def test_confidence_pool(
     machine: Machine, rng: np.random.Generator, shape: tuple[int, int, int, int], dtype: torch.dtype,

@@ -67,6 +67,16 @@ def test_move_rows(rng: np.random.Generator, row: tuple[int, ...], dtype: torch.
 
 @layouts
 @dtypes
+@pytest.mark.parametrize("shape", [*layer_checks.QUANTIZE_SHAPES, (1, 4680, 5000, 12, 128), (2, 97, 100, 40, 64)])
+def test_quantize_rows(
+    rng: np.random.Generator, shape: tuple[int, int, int, int, int], dtype: torch.dtype, layout: str
+) -> None:
+    for with_slots in (True, False):
+        layer_checks.quantize_rows(machine, rng, shape, dtype, layout, with_slots)
+
+
+@layouts
+@dtypes
 @pytest.mark.parametrize("shape", [*layer_checks.POOL_SHAPES, (1, 1408, 12, 128), (1, 4680, 12, 128), (2, 97, 64, 128)])
 def test_confidence_pool(
     rng: np.random.Generator, shape: tuple[int, int, int, int], dtype: torch.dtype, layout: str
@@ -108,6 +118,8 @@ def calls(rng: np.random.Generator, dtype: torch.dtype) -> dict[str, tuple[list[
     cos, sin = (made(active, dim // 2, dtype=torch.float32) for _ in range(2))
     pooled, query = torch.empty(batch, heads, width, device="cuda"), made(heads, dim, dtype=torch.float32)
     wide, gathered = made(batch, cached, width), torch.empty_like(x)
+    codes, scales = (torch.zeros(shape, device="cuda") for shape in (k_cache.shape, k_cache.shape[:3]))
+    codes = codes.to(torch.float8_e4m3fn)
     return {
         "norm_modulate": ([out], (out, x, shift, scale, rows(40), 1e-6)),
         "residual_norm_modulate": ([total, out], (total, out, x, y, gate, shift, scale, rows(40), 1e-6)),
@@ -119,6 +131,9 @@ def calls(rng: np.random.Generator, dtype: torch.dtype) -> dict[str, tuple[list[
         ),
         "gather_rows": ([gathered], (gathered, wide, rows(cached))),
         "scatter_rows": ([wide], (wide, rows(cached), x)),
+        "quantize_rows": (
+            [codes.view(torch.uint8), scales], (codes, scales, x.unflatten(-1, (heads, dim)), rows(cached)),
+        ),
         "confidence_pool": ([pooled], (pooled, query, q, weight, x, 1e-6)),
     }  # fmt: skip
 
@@ -127,7 +142,7 @@ def calls(rng: np.random.Generator, dtype: torch.dtype) -> dict[str, tuple[list[
 @pytest.mark.parametrize(
     "op",
     ["norm_modulate", "residual_norm_modulate", "rms_norm", "qk_norm_rope_store", "gather_rows", "scatter_rows",
-     "confidence_pool"],
+     "quantize_rows", "confidence_pool"],
 )
 def test_graph_capture(rng: np.random.Generator, op: str, dtype: torch.dtype) -> None:
     """A captured call replayed on other numbers has the bits of a plain one."""

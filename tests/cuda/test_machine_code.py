@@ -46,6 +46,7 @@ SOURCES = {
         },
     ),
     "confidence_pool": Source(EVERYWHERE, {"": 128}),  # 2 blocks of 256
+    "quantize": Source(EVERYWHERE, {"": 40}),  # 6 blocks of 256
     "attention_sm90": Source(
         ("90a",),
         {"join_kernel": 64, "": 168},  # 8 blocks of 128; one block of 384, which splits them anew
@@ -174,6 +175,13 @@ def test_rows_move_in_16_bytes(kernels: list[Kernel]) -> None:
         rows = [i for i in reads if "STRONG" in i or "BYPASS" in i]  # past L1
         assert rows and all(".128" in i for i in (*rows, *writes)), kernel.name
         assert not [i for i in reads if ".U16" in i], kernel.name
+    quantized = [k for k in kernels if re.search(f"quantize_rows_kernel{HALF}Li8E", k.name)]
+    assert len(quantized) == 2 * len(EVERYWHERE)
+    for kernel in quantized:
+        of_rows = [i for i in kernel.instructions if i.startswith("LDG") and ("STRONG" in i or "BYPASS" in i)]
+        assert of_rows and all(".128" in i for i in of_rows), kernel.name
+        stores = [i for i in kernel.instructions if i.startswith("STG")]
+        assert {i for i in stores if i.startswith("STG.E.64")} and not [i for i in stores if ".U8" in i], kernel.name
     moves = [k for k in kernels if "move_rows_kernelI5uint4" in k.name]
     assert len(moves) == len(EVERYWHERE)
     for kernel in moves:
