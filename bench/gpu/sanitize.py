@@ -21,11 +21,12 @@ from dsa_rt.ops import attention, norm
 from dsa_rt.ops import rows as rows_into
 from dsa_rt.ops.backend import native
 
-# Rows of 16-byte pieces in a warp, the same in a block, and what has no alignment at all; two batches; more tokens than
-# channels, so that pooling takes rounds.
+# Rows of 16-byte pieces in a warp, the same in a block, in fp16, and what has no alignment at all; two batches; more
+# tokens than channels, so that pooling takes rounds.
 SIZES = {
     "D 64": Sizes(37, cached=150, heads=3, dim=64, latent=33, frames=5, batch=2),
     "D 128": Sizes(131, cached=259, heads=13, dim=128, latent=64, frames=4),
+    "D 128, fp16": Sizes(29, cached=67, heads=2, dim=128, latent=30, frames=2, dtype=torch.float16),
     "odd": Sizes(41, cached=53, heads=5, dim=6, latent=7, frames=3, batch=2, dtype=torch.float32),
 }
 ROWS_TO_SPLIT = 5123  # rows of a cache that the native attention kernel splits where there are few queries

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+
+from dsa_rt.reference import layers as reference
 
 from . import emulation, layer_checks
 from .layer_checks import FLOATS, LAYOUTS, Machine
@@ -124,6 +127,17 @@ def test_out_of_range(machine: Machine, op: str, bad: int) -> None:
             call()
 
     layer_checks.out_of_range(machine, op, bad, lambda tensor: tensor, stops)
+
+
+def test_fp16_ends_at_65504(machine: Machine, rng: np.random.Generator) -> None:
+    """Beyond it a result is infinite, as in the definition; below 2^-14 it is a multiple of 2^-24."""
+    x = layer_checks.random(rng, 1, 1, 40, dtype=torch.float16)
+    for scale in (1e6, 1e-6):
+        out = torch.full_like(x, math.nan)
+        machine.run("rms_norm", out, x, torch.full((40,), scale), 1e-6)
+        expected = reference.rms_norm(x, torch.full((40,), scale), 1e-6)
+        torch.testing.assert_close(out, expected, rtol=2.0**-10, atol=2.0**-24)
+        assert out.isinf().any() if scale > 1 else (out.abs() < 2.0**-14).all() and out.any()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
