@@ -1,9 +1,9 @@
 // quantize_rows; docs/kernels/cuda.md has its bytes and floor.
 //
-// The row of a head belongs to 1 to 32 threads of a warp, 16 bytes of it to each: it is read once, its largest element
-// found by shuffles, and written once. What a head has beyond 32 accesses is read a second time. Codes are made with
-// integers, so it runs on cards without E4M3 too. The bits are the definition's, whose quotients a division rounds: see
-// Quotient.
+// The row of a head belongs to 1 to 32 threads of a warp, up to four accesses of 16 bytes to each: it is read once, its
+// largest element found by shuffles, and written once. What a head has beyond those is read a second time. Codes are
+// made with integers, so it runs on cards without E4M3 too. The bits are the definition's, whose quotients a division
+// rounds: see Quotient.
 //
 // A slot outside the cache stops the kernel before that row is touched, as the framework's indexing does.
 #include "quantize.h"
@@ -17,7 +17,7 @@
 namespace dsa_rt::cuda {
 namespace {
 
-constexpr int threads = 256;
+constexpr int threads = 256, held = 4;  // held: accesses of a thread
 constexpr float float8_largest = 448.0f, smallest_normal = 1.17549435e-38f;
 
 // |x| / scale as a division rounds it, where that is 2^-11 or more and the scale normal and at most 2^120; what is
@@ -77,7 +77,7 @@ __device__ __forceinline__ void put_codes(uint8_t* p, const Pack<T, count>& pack
 
 // A head of a row by 2^lane_bits threads, `count` elements in an access.
 template <class T, int count>
-__global__ __launch_bounds__(threads, 6) void quantize_rows_kernel(const __grid_constant__ QuantizeRowsParams p,
+__global__ __launch_bounds__(threads, 4) void quantize_rows_kernel(const __grid_constant__ QuantizeRowsParams p,
                                                                    int lane_bits) {
   const int lanes = 1 << lane_bits, lane = threadIdx.x & (lanes - 1);
   const int64_t index = (blockIdx.x * (int64_t)threads + threadIdx.x) >> lane_bits, batch = blockIdx.y;
@@ -89,11 +89,15 @@ __global__ __launch_bounds__(threads, 6) void quantize_rows_kernel(const __grid_
   const T* row = static_cast<const T*>(p.rows.data) + batch * p.rows.batch_stride + token * p.rows.row_stride +
                  head * p.rows.head_stride;
   const auto read = [&](int column) { return fetch<count, true, Reuse::once>(row + column); };
-  const int dim = there ? (int)p.dim : 0, first = lane * count, step = lanes * count;
-  Pack<T, count> pack{};
-  if (first < dim) pack = read(first);
-  float most = largest(pack);
-  for (int column = first + step; column < dim; column += step) most = fmaxf(most, largest(read(column)));
+  const int dim = there ? (int)p.dim : 0, first = lane * count, step = lanes * count, rest = first + held * step;
+  Pack<T, count> packs[held] = {};
+#pragma unroll
+  for (int i = 0; i < held; ++i)
+    if (first + i * step < dim) packs[i] = read(first + i * step);
+  float most = 0;
+#pragma unroll
+  for (int i = 0; i < held; ++i) most = fmaxf(most, largest(packs[i]));
+  for (int column = rest; column < dim; column += step) most = fmaxf(most, largest(read(column)));
   for (int offset = lanes / 2; offset; offset /= 2) most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, offset));
   const float scale = fmaxf(most / float8_largest, smallest_normal);
   if (there && lane == 0) p.scale[batch * p.scale_batch_stride + place * p.scale_row_stride + head] = scale;
@@ -101,8 +105,10 @@ __global__ __launch_bounds__(threads, 6) void quantize_rows_kernel(const __grid_
   const Quotient quotient(scale);
   uint8_t* out = static_cast<uint8_t*>(p.out.data) + batch * p.out.batch_stride + place * p.out.row_stride +
                  head * p.out.head_stride;
-  if (first < dim) put_codes(out + first, pack, quotient);
-  for (int column = first + step; column < dim; column += step) put_codes(out + column, read(column), quotient);
+#pragma unroll
+  for (int i = 0; i < held; ++i)
+    if (first + i * step < dim) put_codes(out + first + i * step, packs[i], quotient);
+  for (int column = rest; column < dim; column += step) put_codes(out + column, read(column), quotient);
 }
 
 }  // namespace
@@ -119,7 +125,7 @@ void quantize_rows(const QuantizeRowsParams& p, uintptr_t stream) {
   at_most(p.dim, " elements in a head", max_quantized);
   const auto run = [&](auto type, auto count) {
     int lane_bits = 0;
-    while (lane_bits < 5 && (int64_t{count()} << lane_bits) < p.dim) ++lane_bits;
+    while (lane_bits < 5 && (int64_t{held * count()} << lane_bits) < p.dim) ++lane_bits;
     launch("quantize_rows", quantize_rows_kernel<decltype(type), count()>,
            {((items << lane_bits) + threads - 1) / threads, p.batch, threads}, stream, p, lane_bits);
   };

@@ -46,7 +46,7 @@ SOURCES = {
         },
     ),
     "confidence_pool": Source(EVERYWHERE, {"": 128}),  # 2 blocks of 256
-    "quantize": Source(EVERYWHERE, {"": 40}),  # 6 blocks of 256
+    "quantize": Source(EVERYWHERE, {"": 64}),  # 4 blocks of 256
     "attention_sm90": Source(
         ("90a",),
         {"join_kernel": 64, "": 168},  # 8 blocks of 128; one block of 384, which splits them anew
