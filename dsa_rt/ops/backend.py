@@ -30,7 +30,6 @@ except ImportError as error:  # a source tree that was never built
 
 _FOUND: dict[tuple[str, str, torch.dtype, str | None], tuple[object, list[Any]]] = {}  # see candidates
 _FLOATS = (torch.float32, torch.bfloat16)
-_HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,7 @@ def _native_note() -> str:
     return f"{info['instruction_sets'][0]} kernels on {threads}"
 
 
+_HALVES = (torch.bfloat16, torch.float16)
 _NATIVE_DEVICES = ("cpu", "cuda") if native.build_info()["cuda"] else ("cpu",)
 _DEFINITION = Implementation("torch", note="the definition in dsa_rt.reference")
 _FLOAT_ROWS = (Implementation("native", _NATIVE_DEVICES, _FLOATS, _native_note()), _DEFINITION)
@@ -167,7 +167,7 @@ _BEFORE_TRITON = {
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     op: (*rows, _triton(op)) if op in triton.FAMILIES else rows for op, rows in _BEFORE_TRITON.items()
 } | {
-    "quantize_rows": (_FLOAT_ROWS[0], _triton("quantize_rows", dtypes=_FLOATS), _DEFINITION),
+    "quantize_rows": (_FLOAT_ROWS[0], _triton("quantize_rows", dtypes=(torch.float32, torch.bfloat16)), _DEFINITION),
     "active_attention_fp8": _fp8(
         "active_attention_fp8", note="Triton kernels for compute capability 8.9 and later, D to 128",
         refuses=_not_in_e4m3,
