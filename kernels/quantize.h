@@ -16,7 +16,7 @@ struct QuantizeRowsParams {
   Heads rows;                                     // [B, A, H, D] of `element`
   Element element;
   const int64_t* slots;                           // [A] distinct rows of out, or null: row a
-  int64_t batch, active, heads, dim;
+  int64_t batch, active, heads, dim, all_rows;    // all_rows: N
 };
 
 }  // namespace dsa_rt

@@ -203,4 +203,4 @@ def test_the_benchmark_names_sizes_as_the_table_does(monkeypatch: pytest.MonkeyP
         case.make(sizes, torch.device("cpu")).call("native")
         whole = {"active": 7, "cached": 23, "dim": case.dim(sizes)}
         assert seen.pop() == (op, case.dtype(sizes), {name: whole[name] for name in choices.SIZES.get(op, {})})
-    assert set(cases.OPS) == {*choices.SIZES, "quantize_rows", "active_attention_fp8"}
+    assert set(cases.OPS) == {*choices.SIZES, "active_attention_fp8"}

@@ -300,7 +300,8 @@ OPS: dict[str, Op] = {
     "gather_rows": Op(gather_rows, lambda s: _of_rows(2)(s) + 8 * s.active),
     "scatter_rows": Op(scatter_rows, lambda s: _of_rows(2)(s) + 8 * s.active),
     "quantize_rows": Op(
-        quantize_rows, lambda s: s.batch * s.active * (s.width * (s.dtype.itemsize + 1) + 4 * s.heads)
+        quantize_rows, lambda s: s.batch * s.active * (s.width * (s.dtype.itemsize + 1) + 4 * s.heads),
+        dim=lambda s: s.dim,
     ),
     "confidence_pool": Op(confidence_pool, lambda s: _of_rows(2)(s) + 4 * s.batch * s.heads * s.width),
     "active_attention": Op(

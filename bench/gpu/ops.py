@@ -30,6 +30,8 @@ FEW_QUERIES = (1, 400, 1170, 1409)  # of attention, whose tiles fill few multipr
 SIZES = {"wan": Sizes(0), "tiny": Sizes(0, cached=21, heads=2, dim=16, latent=12, frames=3)}
 MOST_SCORES = 1 << 31  # bytes of fp32 scores above which the definition of attention is left out
 ONE_SIZE_OF_COMPILED = 4680  # torch.compile takes a while for every shape
+ONE_SIZE_OF_FP16 = 4680  # whose kernels differ from those of bf16 in conversions alone
+ALLOWED = {torch.bfloat16: 3e-2, torch.float16: 4e-3}  # between backends, of results of which each is rounded
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -65,8 +67,7 @@ def check(op: str, sizes: Sizes, device: torch.device, backends: Sequence[str]) 
         for value, right in zip(run(name)[1], expected, strict=True):
             size = right.float().abs() + right.float().square().mean().sqrt() + 1e-30
             error = (value.float() - right.float()).abs() / size
-            allowed = 3e-2 if value.dtype == torch.bfloat16 else 1e-3
-            if not bool((error <= allowed).all()):
+            if not bool((error <= ALLOWED.get(value.dtype, 1e-3)).all()):
                 return f"{name} differs from the definition by {float(error.nan_to_num(float('inf')).max()):.3g}"
     return ""
 
@@ -135,8 +136,9 @@ def _rates(nbytes: int, operations: int, microseconds: float, best: dict[str, fl
 
 
 def label(row: dict[str, Any]) -> str:
-    """What was called: the op and its sizes."""
-    return f"{row['op']}, A {row['active']}" + (f", N {row['cached']}" if has_cache(row["op"]) else "")
+    """What was called: the op, its sizes, and its dtype where that is not the usual one."""
+    cached = f", N {row['cached']}" if has_cache(row["op"]) else ""
+    return f"{row['op']}, A {row['active']}{cached}{', fp16' if row['dtype'] == 'float16' else ''}"
 
 
 def has_cache(op: str) -> bool:
@@ -177,20 +179,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         active = options.active or ACTIVE[options.sizes]
         few = FEW_QUERIES if active is ACTIVE["wan"] else ()
         cached = options.cached or [usual.cached]
-        calls = [
+        sizes = [
             (op, count, total)
             for op in options.ops
             for count in ((*few, *active) if op == "active_attention" else active)
             for total in cached
         ]
-        for op, count, total in tqdm(calls, disable=None):
+        calls = [(*each, usual.dtype) for each in sizes] + [
+            (*each, torch.float16) for each in sizes if each[1] == ONE_SIZE_OF_FP16 and not OPS[each[0]].wide
+        ]
+        for op, count, total, dtype in tqdm(calls, disable=None):
             if count > total:
                 continue
             if op == "exit_decision" and count != active[0]:
                 continue  # one logit, whatever the active set
             if not has_cache(op) and total != cached[0]:
                 continue
-            rows.append(measure_op(op, replace(usual, active=count, cached=total), device, best))
+            rows.append(measure_op(op, replace(usual, active=count, cached=total, dtype=dtype), device, best))
             cases.compiled.cache_clear()
             if device.type == "cuda":
                 torch.cuda.empty_cache()

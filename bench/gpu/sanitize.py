@@ -18,13 +18,15 @@ import torch
 from bench.gpu.cases import OPS, Inputs, Sizes
 from dsa_rt.errors import OptionError
 from dsa_rt.ops import attention, norm
+from dsa_rt.ops import rows as rows_into
 from dsa_rt.ops.backend import native
 
-# Rows of 16-byte pieces in a warp, the same in a block, and what has no alignment at all; two batches; more tokens than
-# channels, so that pooling takes rounds.
+# Rows of 16-byte pieces in a warp, the same in a block, in fp16, and what has no alignment at all; two batches; more
+# tokens than channels, so that pooling takes rounds.
 SIZES = {
     "D 64": Sizes(37, cached=150, heads=3, dim=64, latent=33, frames=5, batch=2),
     "D 128": Sizes(131, cached=259, heads=13, dim=128, latent=64, frames=4),
+    "D 128, fp16": Sizes(29, cached=67, heads=2, dim=128, latent=30, frames=2, dtype=torch.float16),
     "odd": Sizes(41, cached=53, heads=5, dim=6, latent=7, frames=3, batch=2, dtype=torch.float32),
 }
 ROWS_TO_SPLIT = 5123  # rows of a cache that the native attention kernel splits where there are few queries
@@ -32,7 +34,7 @@ ROWS_TO_SPLIT = 5123  # rows of a cache that the native attention kernel splits 
 
 def more_calls(sizes: Sizes, device: torch.device) -> list[tuple[str, Callable[[str], None]]]:
     """Arguments that the cases of :mod:`bench.gpu.cases` leave out: segments, log-sum-exp, split keys, no gate, one
-    table row."""
+    table row, slots."""
 
     def rows(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device).to(sizes.dtype)
@@ -47,6 +49,8 @@ def more_calls(sizes: Sizes, device: torch.device) -> list[tuple[str, Callable[[
     x, y = (rows(sizes.batch, sizes.active, sizes.width) for _ in range(2))
     shift, scale = (torch.randn(1, 1, sizes.width, device=device) for _ in range(2))
     normed = torch.empty_like(x)
+    codes = torch.zeros(k.shape, dtype=torch.float8_e4m3fn, device=device)
+    scales, slots = torch.zeros(k.shape[:3], device=device), torch.randperm(sizes.cached, device=device)[: sizes.active]
 
     def attend(name: str) -> None:
         attention.active_attention(out, q, k, v, lse, segments, backend=name)
@@ -63,7 +67,14 @@ def more_calls(sizes: Sizes, device: torch.device) -> list[tuple[str, Callable[[
         norm.residual_norm_modulate(x, normed, x, y, None, shift, scale, None, 1e-6, backend=name)
         finite("residual_norm_modulate", x, normed)
 
-    return [("active_attention", attend), ("active_attention", attend_far), ("residual_norm_modulate", add)]
+    def quantize(name: str) -> None:
+        rows_into.quantize_rows(codes, scales, q, slots, backend=name)
+        finite("quantize_rows", codes, scales)
+
+    return [
+        ("active_attention", attend), ("active_attention", attend_far), ("residual_norm_modulate", add),
+        ("quantize_rows", quantize),
+    ]  # fmt: skip
 
 
 def checked(op: str, inputs: Inputs) -> Callable[[str], None]:
@@ -110,11 +121,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _excused(device: torch.device) -> set[tuple[str, str]]:
-    """What a card has no kernel for: FP8 is Triton's, from compute capability 8.9 on, and the native attention kernel
-    is for 9.0 alone."""
+    """What a card has no kernel for: attention in FP8 is Triton's, from compute capability 8.9 on, and the native
+    attention kernel is for 9.0 alone."""
     if device.type != "cuda":
         return set()
-    excused = {("native", "quantize_rows"), ("native", "active_attention_fp8")}
+    excused = {("native", "active_attention_fp8")}
     capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
         excused.add(("native", "active_attention"))

@@ -8,6 +8,10 @@
 #include "launch.h"
 #include "ops.h"
 
+#if defined(DSA_RT_CUDA)
+#include "../../kernels/cuda/quantize.h"
+#endif
+
 namespace dsa_rt {
 namespace {
 
@@ -50,12 +54,16 @@ class QuantizeRows {
                op_.size("B"),
                active,
                op_.size("H"),
-               op_.size("D")};
+               op_.size("D"),
+               total};
   }
 
   void run(const Launch& launch) {
     const auto& p = params_;
-    if (op_.device().kind != DeviceKind::cpu) op_.fail_unserved("rows in FP8 have kernels for device 'cpu' alone");
+#if defined(DSA_RT_CUDA)
+    if (op_.device().kind == DeviceKind::cuda) return cuda::quantize_rows(p, launch.stream);
+#endif
+    if (op_.device().kind != DeviceKind::cpu) no_kernel(op_);
     const auto kernel = cpu_kernel(launch.instruction_set);
     parallel_for(p.batch * p.active, row_work / std::max<int64_t>(p.heads * p.dim, 1), launch.threads,
                  [&](int64_t begin, int64_t end) { kernel(p, begin, end); });

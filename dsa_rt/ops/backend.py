@@ -85,6 +85,7 @@ def _native_note() -> str:
     return f"{info['instruction_sets'][0]} kernels on {threads}"
 
 
+_HALVES = (torch.bfloat16, torch.float16)
 _NATIVE_DEVICES = ("cpu", "cuda") if native.build_info()["cuda"] else ("cpu",)
 _DEFINITION = Implementation("torch", note="the definition in dsa_rt.reference")
 _FLOAT_ROWS = (Implementation("native", _NATIVE_DEVICES, _FLOATS, _native_note()), _DEFINITION)
@@ -108,10 +109,10 @@ def _attention() -> tuple[Implementation, ...]:
     rows = [_cpu_products()]
     if native.build_info()["cuda"]:
         note = "CUDA kernel for compute capability 9.0, D 64 and 128"
-        rows.append(Implementation("native", ("cuda",), (torch.bfloat16,), note, refuses=_not_for_hopper))
+        rows.append(Implementation("native", ("cuda",), _HALVES, note, refuses=_not_for_hopper))
     rows.append(Implementation("torch", note="the framework's fused kernel"))
     others = [
-        Implementation(name, ("cuda",), (torch.bfloat16,), kernel.note, missing=kernel.missing, run=kernel.run,
+        Implementation(name, ("cuda",), _HALVES, kernel.note, missing=kernel.missing, run=kernel.run,
                        refuses=kernel.refuses)
         for name, kernel in fused.KERNELS.items()
     ]  # fmt: skip
@@ -166,7 +167,7 @@ _BEFORE_TRITON = {
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     op: (*rows, _triton(op)) if op in triton.FAMILIES else rows for op, rows in _BEFORE_TRITON.items()
 } | {
-    "quantize_rows": _fp8("quantize_rows"),
+    "quantize_rows": (_FLOAT_ROWS[0], _triton("quantize_rows", dtypes=(torch.float32, torch.bfloat16)), _DEFINITION),
     "active_attention_fp8": _fp8(
         "active_attention_fp8", note="Triton kernels for compute capability 8.9 and later, D to 128",
         refuses=_not_in_e4m3,

@@ -36,6 +36,7 @@ SIZES: dict[str, dict[str, tuple[int, int]]] = {
     "active_attention": {"active": (2, 1), "cached": (3, 1), "dim": (2, 3)},
     "gather_rows": {"active": (0, 1), "cached": (1, 1), "dim": (0, -1)},
     "scatter_rows": {"active": (2, 1), "cached": (0, 1), "dim": (0, -1)},
+    "quantize_rows": {"active": (2, 1), "dim": (2, 3)},
     "confidence_pool": {"active": (4, 1), "dim": (4, 2)},
 }
 """Op -> name of a size -> where a call has it: the argument's place in the schema, the dimension."""

@@ -30,14 +30,15 @@ void check(cudaError_t error) {
 
 int multiprocessors() { return std::max(1, device_attribute(cudaDevAttrMultiProcessorCount)); }
 
-template <int D>
+template <int D, Element element>
 void launch(const AttentionParams& a, const Plan& plan, float* scratch, cudaStream_t stream) {
-  const Arguments p = make_arguments<D>(a, plan, scratch);
-  check(cudaFuncSetAttribute(attention_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<D>));
-  attention_kernel<D><<<std::min(plan.works, multiprocessors()), block_threads, shared_bytes<D>, stream>>>(p);
+  const Arguments p = make_arguments<D, element>(a, plan, scratch);
+  const auto kernel = attention_kernel<D, element>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<D>));
+  kernel<<<std::min(plan.works, multiprocessors()), block_threads, shared_bytes<D>, stream>>>(p);
   check(cudaGetLastError());
   if (const int blocks = join_blocks<D>(plan)) {
-    join_kernel<D><<<blocks, warpgroup, 0, stream>>>({plan, p.result});
+    join_kernel<D, element><<<blocks, warpgroup, 0, stream>>>({plan, p.result});
     check(cudaGetLastError());
   }
 }
@@ -65,7 +66,9 @@ void active_attention(const AttentionParams& a, float* scratch, uintptr_t stream
   if (!attention_supported(a, &why)) throw std::runtime_error("active_attention: " + why);
   const Plan plan = scratch ? split_plan(a, multiprocessors()) : make_plan(a);
   if (!plan.works) return;
-  const auto launcher = a.dim == 64 ? launch<64> : launch<128>;
+  const auto launcher = a.element == Element::bfloat16
+                            ? (a.dim == 64 ? launch<64, Element::bfloat16> : launch<128, Element::bfloat16>)
+                            : (a.dim == 64 ? launch<64, Element::float16> : launch<128, Element::float16>);
   launcher(a, plan, scratch, reinterpret_cast<cudaStream_t>(stream));
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -10,6 +11,7 @@
 #include <string>
 #include <type_traits>
 
+#include "../attention.h"
 #include "../step.h"
 
 namespace dsa_rt::cuda {
@@ -18,8 +20,10 @@ constexpr int warp = 32;
 
 __device__ __forceinline__ float load(const float* p) { return *p; }
 __device__ __forceinline__ float load(const __nv_bfloat16* p) { return __bfloat162float(*p); }
+__device__ __forceinline__ float load(const __half* p) { return __half2float(*p); }
 __device__ __forceinline__ void store(float* p, float value) { *p = value; }
 __device__ __forceinline__ void store(__nv_bfloat16* p, float value) { *p = __float2bfloat16_rn(value); }
+__device__ __forceinline__ void store(__half* p, float value) { *p = __float2half_rn(value); }
 
 template <class T>
 __device__ __forceinline__ T* row_of(const Rows& rows, int64_t batch, int64_t row) {
@@ -38,7 +42,9 @@ struct Pack {
 template <int bytes>
 using Word = std::conditional_t<
     bytes % 16 == 0, uint4,
-    std::conditional_t<bytes % 8 == 0, uint2, std::conditional_t<bytes % 4 == 0, uint32_t, uint16_t>>>;
+    std::conditional_t<bytes % 8 == 0, uint2,
+                       std::conditional_t<bytes % 4 == 0, uint32_t,
+                                          std::conditional_t<bytes % 2 == 0, uint16_t, uint8_t>>>>;
 
 // once: read by one thread, so past L1, which keeps what rows share. again: shared and constant while the kernel runs.
 enum class Reuse { once, again };
@@ -75,15 +81,20 @@ __device__ __forceinline__ void round_to(Pack<float, count>& pack, const float (
   for (int k = 0; k < count; ++k) pack.element[k] = values[k];
 }
 
-template <int count>
-__device__ __forceinline__ void round_to(Pack<__nv_bfloat16, count>& pack, const float (&values)[count]) {
+__device__ __forceinline__ __nv_bfloat162 round_pair(__nv_bfloat16, float x, float y) {
+  return __floats2bfloat162_rn(x, y);
+}
+__device__ __forceinline__ __half2 round_pair(__half, float x, float y) { return __floats2half2_rn(x, y); }
+
+template <class T, int count>
+__device__ __forceinline__ void round_to(Pack<T, count>& pack, const float (&values)[count]) {
   if constexpr (count % 2) {
 #pragma unroll
-    for (int k = 0; k < count; ++k) pack.element[k] = __float2bfloat16_rn(values[k]);
+    for (int k = 0; k < count; ++k) store(pack.element + k, values[k]);
   } else {
 #pragma unroll
     for (int k = 0; k < count; k += 2) {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(values[k], values[k + 1]);
+      const auto pair = round_pair(T{}, values[k], values[k + 1]);
       pack.element[k] = pair.x, pack.element[k + 1] = pair.y;
     }
   }
@@ -101,22 +112,44 @@ __device__ __forceinline__ float warp_max(float value) {
   return value;
 }
 
-// Whether 16-byte accesses are possible: the address and every stride in bytes are multiples of 16.
+// Whether accesses of `width` bytes are possible: the address and every stride in bytes are multiples of it.
+template <int width, class... Strides>
+bool aligned_to(const void* data, Strides... bytes) {
+  return ((reinterpret_cast<uintptr_t>(data) | ... | static_cast<uintptr_t>(bytes)) % width) == 0;
+}
 template <class... Strides>
 bool aligned16(const void* data, Strides... bytes) {
-  return ((reinterpret_cast<uintptr_t>(data) | ... | static_cast<uintptr_t>(bytes)) % 16) == 0;
+  return aligned_to<16>(data, bytes...);
 }
 
 // Calls body with a value of the element's type.
 template <class Body>
 void with_type(Element element, Body body) {
-  element == Element::float32 ? body(float{}) : body(__nv_bfloat16{});
+  switch (element) {
+    case Element::float32: return body(float{});
+    case Element::bfloat16: return body(__nv_bfloat16{});
+    case Element::float16: return body(__half{});
+  }
+}
+
+// Calls body with p as a pointer to the element's type, in a kernel.
+template <class Body>
+__device__ __forceinline__ void with_pointer(Element element, const void* p, Body body) {
+  switch (element) {
+    case Element::float32: return body(static_cast<const float*>(p));
+    case Element::bfloat16: return body(static_cast<const __nv_bfloat16*>(p));
+    case Element::float16: return body(static_cast<const __half*>(p));
+  }
 }
 
 constexpr int64_t size_of(Element element) { return element == Element::float32 ? 4 : 2; }
 
 inline bool aligned_rows(const Rows& rows) {
   return aligned16(rows.data, rows.batch_stride * size_of(rows.element), rows.row_stride * size_of(rows.element));
+}
+template <int width = 16>
+bool aligned_heads(const Heads& heads, int64_t size) {
+  return aligned_to<width>(heads.data, heads.batch_stride * size, heads.row_stride * size, heads.head_stride * size);
 }
 
 struct Grid {

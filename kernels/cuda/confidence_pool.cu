@@ -35,7 +35,7 @@ __device__ void pool_scores(const ConfidencePoolParams& p, int64_t batch, int64_
   const float inverse = rsqrtf(warp_sum(squares) / (float)width + p.eps);
   const float factor = 1.44269504f * inverse * rsqrtf((float)dim);
   const auto heads = [&](auto weight) {
-#pragma unroll 4
+#pragma unroll 2
     for (int head = 0; head < (int)p.heads; ++head) {
       float dot = 0;
       for (int within = lane * count; within < dim; within += warp * count) {
@@ -50,10 +50,7 @@ __device__ void pool_scores(const ConfidencePoolParams& p, int64_t batch, int64_
       if (lane == 0) scores[(int64_t)head * width] = dot * factor;
     }
   };
-  if (p.weight_element == Element::float32)
-    heads(static_cast<const float*>(p.key_weight));
-  else
-    heads(static_cast<const __nv_bfloat16*>(p.key_weight));
+  with_pointer(p.weight_element, p.key_weight, heads);
 }
 
 // Columns of a token, 0 where the row has ended; `left`: columns from here to its end.

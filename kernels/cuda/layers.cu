@@ -59,9 +59,6 @@ void with_layout(const char* op, bool aligned, int64_t width, Body body) {
 bool aligned_table(const Modulation& table) {
   return aligned16(table.data, table.batch_stride * 4, table.row_stride * 4);
 }
-bool aligned_heads(const Heads& heads, int64_t size) {
-  return aligned16(heads.data, heads.batch_stride * size, heads.row_stride * size, heads.head_stride * size);
-}
 
 // The sum over a row's threads, the same bits in each. Sums that follow each other take turns between two `places`.
 template <class Layout>
@@ -186,10 +183,7 @@ __global__ __launch_bounds__(Layout::max_threads, Layout::min_blocks) void rms_n
       put<aligned>(out + Layout::column(i), packs[i]);
     }
   };
-  if (p.weight_element == Element::float32)
-    finish(static_cast<const float*>(p.weight));
-  else
-    finish(static_cast<const __nv_bfloat16*>(p.weight));
+  with_pointer(p.weight_element, p.weight, finish);
 }
 
 // One of q, k, v of a token: blockIdx.y = 3·batch + which.
@@ -249,11 +243,7 @@ __global__ __launch_bounds__(Layout::max_threads) void qk_norm_rope_store_kernel
       put<aligned>(to + column / dim * target.head_stride + within, packs[i]);
     }
   };
-  const void* weight = which == 0 ? p.q_weight : p.k_weight;
-  if (p.weight_element == Element::float32)
-    finish(static_cast<const float*>(weight));
-  else
-    finish(static_cast<const __nv_bfloat16*>(weight));
+  with_pointer(p.weight_element, which == 0 ? p.q_weight : p.k_weight, finish);
 }
 
 template <class W>

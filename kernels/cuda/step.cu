@@ -19,11 +19,7 @@ Grid grid_for(int64_t items) { return {std::min<int64_t>((items + threads - 1) /
 
 template <class Body>
 void with_types(Element x, Element velocity, Body body) {
-  const bool wide_velocity = velocity == Element::float32;
-  if (x == Element::float32)
-    wide_velocity ? body(float{}, float{}) : body(float{}, __nv_bfloat16{});
-  else
-    wide_velocity ? body(__nv_bfloat16{}, float{}) : body(__nv_bfloat16{}, __nv_bfloat16{});
+  with_type(x, [&](auto of_x) { with_type(velocity, [&](auto of_velocity) { body(of_x, of_velocity); }); });
 }
 
 // A thread's share of [B, A, blocks of four elements].
@@ -114,8 +110,8 @@ __global__ void advance_kernel(const __grid_constant__ CachedStepParams p) {
 
 __global__ void exit_decision_kernel(const __grid_constant__ ExitDecisionParams p) {
   for (int64_t i = blockIdx.x * (int64_t)threads + threadIdx.x; i < p.batch; i += (int64_t)gridDim.x * threads) {
-    const float logit = p.logit_element == Element::float32 ? static_cast<const float*>(p.logit)[i]
-                                                            : load(static_cast<const __nv_bfloat16*>(p.logit) + i);
+    float logit = 0;
+    with_pointer(p.logit_element, p.logit, [&](auto logits) { logit = load(logits + i); });
     const float confidence = (float)(1.0 / (1.0 + exp(-(double)logit)));
     p.confidence[i] = confidence;
     p.refine[i] = confidence < p.threshold[i];
@@ -127,7 +123,7 @@ __global__ void exit_decision_kernel(const __grid_constant__ ExitDecisionParams 
 void philox_normal(const PhiloxNormalParams& p, uintptr_t stream) {
   const int64_t items = p.batch * p.rows * ((p.width + 3) / 4);
   if (!items) return;
-  with_types(p.out.element, Element::float32, [&](auto type, auto) {
+  with_type(p.out.element, [&](auto type) {
     launch("philox_normal", philox_normal_kernel<decltype(type)>, grid_for(items), stream, p, items);
   });
 }

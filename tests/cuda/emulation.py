@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("step", "layers", "confidence_pool")
+SOURCES = ("step", "layers", "confidence_pool", "quantize")
 
 
 def build(folder: Path) -> ctypes.CDLL:
@@ -100,6 +100,14 @@ class ConfidencePoolParams(Structure):
     ]  # fmt: skip
 
 
+class QuantizeRowsParams(Structure):
+    _fields_ = [
+        ("out", Heads), ("scale", c_void_p), ("scale_batch_stride", c_int64), ("scale_row_stride", c_int64),
+        ("rows", Heads), ("element", c_int), ("slots", c_void_p),
+        *((name, c_int64) for name in ("batch", "active", "heads", "dim", "all_rows")),
+    ]  # fmt: skip
+
+
 class PhiloxNormalParams(Structure):
     _fields_ = [("out", Rows), ("seeds", c_void_p), ("tokens", c_void_p),
                 *((name, c_int64) for name in ("batch", "rows", "width")), ("draw", c_uint32)]  # fmt: skip
@@ -127,7 +135,7 @@ class ExitDecisionParams(Structure):
 
 
 def _element(x: Tensor) -> int:
-    return {torch.float32: 0, torch.bfloat16: 1}[x.dtype]
+    return {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}[x.dtype]
 
 
 def _address(x: Tensor | None) -> int | None:
@@ -206,6 +214,11 @@ class Emulated:
         self._call("confidence_pool", ConfidencePoolParams(
             out.data_ptr(), query.data_ptr(), Rows.of(keys), Rows.of(tokens), key_weight.data_ptr(),
             _element(key_weight), *keys.shape[:2], *query.shape, eps))  # fmt: skip
+
+    def quantize_rows(self, out: Tensor, scale: Tensor, rows: Tensor, slots: Tensor | None) -> None:
+        self._call("quantize_rows", QuantizeRowsParams(
+            Heads.of(out), scale.data_ptr(), *scale.stride()[:2], Heads.of(rows), _element(rows), _address(slots),
+            *rows.shape, out.shape[1]))  # fmt: skip
 
     def philox_normal(self, out: Tensor, seeds: Tensor, tokens: Tensor, draw: int) -> None:
         self._call("philox_normal", PhiloxNormalParams(

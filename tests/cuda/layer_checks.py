@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from dsa_rt import reference
+from dsa_rt.reference import layers
 
-FLOATS = [torch.float32, torch.bfloat16]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["dense", "aligned", "odd", "mixed"]
 """Rows without gaps; gaps of 16 bytes; gaps and a start of one element; each tensor another of the last two."""
 
@@ -92,8 +93,10 @@ def nothing(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def close(result: Tensor, expected: Tensor, size: Tensor | float = 0.0) -> None:
     """One rounding to the result's dtype, and 32 of fp32 on terms of the given size, beyond the result's own."""
-    half = 2.0**-8 if result.dtype == torch.bfloat16 else 2.0**-24
-    allowed = 1.01 * half * expected.abs() + 32 * 2.0**-24 * (expected.abs() + size) + 1e-30
+    half, least = {
+        torch.bfloat16: (2.0**-8, 1e-30), torch.float16: (2.0**-11, 2.0**-25), torch.float32: (2.0**-24, 1e-30)
+    }[result.dtype]  # fmt: skip
+    allowed = 1.01 * (half * expected.abs() + least) + 32 * 2.0**-24 * (expected.abs() + size)
     error = (result.double() - expected).abs() / allowed
     assert bool((error <= 1).all()), f"{float(error.nan_to_num(math.inf).max())} times what is allowed"
 
@@ -251,6 +254,52 @@ def move_rows(
     assert same_bits(x.cpu(), before) and x.intact() and source.unchanged()
 
 
+QUANTIZE_SHAPES = [  # batch, rows, rows of the cache, heads, head dim: parts of a warp, a warp, more than it holds
+    (1, 5, 9, 12, 128), (2, 3, 3, 3, 64), (1, 2, 4, 2, 256), (1, 3, 5, 2, 1032), (2, 4, 7, 5, 8), (1, 3, 4, 3, 37),
+    (1, 1, 1, 1, 1), (1, 2, 2, 1, 300), (2, 3, 4, 2, 72), (1, 7, 8, 5, 12),
+]  # fmt: skip
+
+
+def near_midpoints(rng: np.random.Generator, shape: tuple[int, ...], exponents: tuple[int, int]) -> Tensor:
+    """fp32 rows of those sizes, whose quotients lie at and beside the middle between two E4M3 numbers."""
+    numbers = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double().numpy()
+    most = np.float32(rng.uniform(1, 2, shape[:-1]) * 2.0 ** rng.integers(*exponents, shape[:-1]))[..., None]
+    scale = np.maximum(most / np.float32(448), np.finfo(np.float32).tiny).astype(np.float64)
+    middles = rng.choice((numbers[:-1] + numbers[1:]) / 2, shape) * rng.choice([-1, 1], shape)
+    rows = (middles * scale).astype(np.float32)
+    bits = rows.view(np.int32) + rng.integers(-2, 3, shape, dtype=np.int32) * (rows != 0)
+    rows = np.clip(bits.view(np.float32), -most, most)
+    rows[..., :1] = most
+    return torch.from_numpy(rows)
+
+
+def quantize_rows(
+    machine: Machine, rng: np.random.Generator, shape: tuple[int, int, int, int, int], dtype: torch.dtype, layout: str,
+    with_slots: bool,
+) -> None:  # fmt: skip
+    """The definition's bits: of numbers of all sizes, near ties, zeros, infinities and NaN; other rows left alone."""
+    batch, active, total, heads, dim = shape
+    size = torch.from_numpy(rng.uniform(-24, 10, (batch, active, heads, 1))).float().exp2()
+    rows = random(rng, batch, active, heads, dim) * size
+    ties = torch.from_numpy(rng.random((batch, active, heads, 1)) < 0.6)
+    exponents = (-24, 15) if dtype == torch.float16 else (-130, 120)
+    rows = torch.where(ties, near_midpoints(rng, (batch, active, heads, dim), exponents), rows).to(dtype)
+    odd = torch.from_numpy(rng.choice([0.0, -0.0, math.inf, -math.inf, math.nan], rows.shape)).to(dtype)
+    rows = torch.where(torch.from_numpy(rng.random(rows.shape) < 0.05), odd, rows)
+    slots = torch.from_numpy(rng.permutation(total)[:active]) if with_slots else None
+    old = torch.from_numpy(rng.integers(0, 256, (batch, total, heads, dim), dtype=np.uint8))
+    old_scale = random(rng, batch, total, heads)
+    place = Place(machine, rng, layout)
+    given, out, scale = place(rows), place(old, 77.0), place(old_scale)
+    machine.run("quantize_rows", out.tensor.view(torch.float8_e4m3fn), scale.tensor, given.tensor,
+                None if slots is None else slots.to(machine.device))  # fmt: skip
+    codes, scales = layers.quantize_rows(rows)
+    stored = torch.arange(active) if slots is None else slots
+    old[:, stored], old_scale[:, stored] = codes.view(torch.uint8), scales
+    assert same_bits(scale.cpu(), old_scale) and same_bits(out.cpu(), old)
+    assert out.intact() and scale.intact() and given.unchanged()
+
+
 POOL_SHAPES = [(1, 100, 3, 8), (2, 37, 3, 64), (1, 70, 12, 16), (2, 9, 1, 7), (1, 1, 2, 12), (1, 40, 5, 6)]
 
 
@@ -313,8 +362,8 @@ def step_family(
     torch.testing.assert_close(score.cpu(), change, rtol=1e-5, atol=0)
 
 
-def exit_decision(machine: Machine, rng: np.random.Generator) -> None:
-    logit, threshold = random(rng, 300, scale=5.0), torch.from_numpy(rng.random(300, dtype=np.float32))
+def exit_decision(machine: Machine, rng: np.random.Generator, dtype: torch.dtype) -> None:
+    logit, threshold = random(rng, 300, dtype=dtype, scale=5.0), torch.from_numpy(rng.random(300, dtype=np.float32))
     refine = torch.full((300,), 9, dtype=torch.uint8).to(machine.device)
     confidence = nothing(300).to(machine.device)
     machine.run("exit_decision", refine, confidence, logit.to(machine.device), threshold.to(machine.device))
@@ -323,7 +372,9 @@ def exit_decision(machine: Machine, rng: np.random.Generator) -> None:
     assert set(refine.tolist()) == {0, 1}
 
 
-OUT_OF_RANGE = ["norm_modulate", "qk_norm_rope_store", "gather_rows", "scatter_rows", "cached_step"]
+OUT_OF_RANGE = [
+    "norm_modulate", "qk_norm_rope_store", "gather_rows", "scatter_rows", "quantize_rows", "cached_step",
+]  # fmt: skip
 
 
 def out_of_range(
@@ -344,11 +395,15 @@ def out_of_range(
     on = {id(t): place(t) for t in (around, fresh, out, x, cache)}
     inside, rows = on[id(around)][:, 64 : 64 + total], place(torch.tensor([1, bad, 4]))
     source, target = on[id(fresh)], on[id(out)]
-    ones, angles = place(torch.ones(width)), place(torch.ones(active, 4))
+    ones, angles, scales = place(torch.ones(width)), place(torch.ones(active, 4)), place(torch.ones(1, total, 2))
     arguments: dict[str, tuple[Any, ...]] = {
         "gather_rows": (target, inside, rows),
         "norm_modulate": (target, source, inside, inside, rows, 1e-6),
         "scatter_rows": (inside, rows, source),
+        "quantize_rows": (
+            inside.view(torch.float8_e4m3fn).unflatten(-1, (2, 32))[..., :8], scales, source.unflatten(-1, (2, 8)),
+            rows,
+        ),
         "cached_step": (on[id(x)], inside, None, rows, source, 0.1),
         "qk_norm_rope_store": (
             target.unflatten(-1, (2, 8)), inside.unflatten(-1, (2, 8)), on[id(cache)], source, source, source,

@@ -1,4 +1,4 @@
-"""active_attention on a Hopper GPU, called as a model calls it, against fp64 and the framework's bf16 attention."""
+"""active_attention on a Hopper GPU, called as a model calls it, against fp64 and the framework's attention."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dsa_rt import _native
 from dsa_rt.errors import OptionError, ShapeError
 from dsa_rt.ops.attention import active_attention
 
-from .attention_oracle import Segments, check, poison_outside, random_segments, slices_of_a_cache
+from .attention_oracle import HALVES, Segments, check, poison_outside, random_segments, slices_of_a_cache
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,16 +22,17 @@ pytestmark = [
     ),
 ]
 dims = pytest.mark.parametrize("dim", [64, 128])
+dtypes = pytest.mark.parametrize("dtype", HALVES)
 
 
-def queries(batch: int, active: int, heads: int, dim: int) -> Tensor:
-    return torch.randn(batch, active, heads, dim, device="cuda").bfloat16()
+def queries(batch: int, active: int, heads: int, dim: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(batch, active, heads, dim, device="cuda").to(dtype)
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None = None) -> tuple[Tensor, Tensor]:
     """Out and log-sum-exp, both parts of larger tensors whose other elements stay as they are."""
     batch, active, heads, dim = q.shape
-    buffer = torch.full((batch, active + 2, heads, dim), float("nan"), dtype=torch.bfloat16, device="cuda")
+    buffer = torch.full((batch, active + 2, heads, dim), float("nan"), dtype=q.dtype, device="cuda")
     sums = torch.full((batch, heads, active + 3), float("nan"), device="cuda")
     out, lse = buffer[:, 1:-1], sums[..., 1:-2]
     active_attention(
@@ -42,44 +43,54 @@ def run(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None = None) -> tu
 
 
 @dims
+@dtypes
 @pytest.mark.parametrize("case", range(8))
-def test_a_layer_of_a_cache(dim: int, case: int, rng: np.random.Generator) -> None:
+def test_a_layer_of_a_cache(dim: int, dtype: torch.dtype, case: int, rng: np.random.Generator) -> None:
     """Odd sizes that divide nothing; fewer and more tiles than multiprocessors."""
     batch, active, rows, heads = (int(n) for n in rng.integers((1, 1, 1, 1), (4, 1500, 3000, 13)))
     print(f"batch {batch}, active {active}, rows {rows}, heads {heads}")
-    q = queries(batch, active, heads, dim)
-    k, v = slices_of_a_cache(batch, rows, heads, dim, "cuda")
+    q = queries(batch, active, heads, dim, dtype)
+    k, v = slices_of_a_cache(batch, rows, heads, dim, "cuda", dtype)
     check(*run(q, k, v), q, k, v)
 
 
 @dims
+@dtypes
 @pytest.mark.parametrize("most", [1, 2, 8])
-def test_segments_see_their_ranges_alone(dim: int, most: int, rng: np.random.Generator) -> None:
+def test_segments_see_their_ranges_alone(
+    dim: int, dtype: torch.dtype, most: int, rng: np.random.Generator
+) -> None:
     batch, active, rows = 2, int(rng.integers(1, 2000)), int(rng.integers(1, 2000))
     segments = random_segments(rng, active, rows, most)
     print(f"active {active}, rows {rows}, segments {segments}")
-    q = queries(batch, active, 3, dim)
-    k, v = slices_of_a_cache(batch, rows, 3, dim, "cuda")
+    q = queries(batch, active, 3, dim, dtype)
+    k, v = slices_of_a_cache(batch, rows, 3, dim, "cuda", dtype)
     poison_outside(k, segments)
     poison_outside(v, segments)
     check(*run(q, k, v, segments), q, k, v, segments)
 
 
 @dims
+@dtypes
 @pytest.mark.parametrize("active", [1, 64, 65, 128, 129])
 @pytest.mark.parametrize("rows", [1, 127, 128, 129, 384, 513])
-def test_at_the_edges_of_tiles(dim: int, active: int, rows: int, rng: np.random.Generator) -> None:
-    q = queries(1, active, 2, dim)
-    k, v = slices_of_a_cache(1, rows, 2, dim, "cuda")
+def test_at_the_edges_of_tiles(
+    dim: int, dtype: torch.dtype, active: int, rows: int, rng: np.random.Generator
+) -> None:
+    q = queries(1, active, 2, dim, dtype)
+    k, v = slices_of_a_cache(1, rows, 2, dim, "cuda", dtype)
     check(*run(q, k, v), q, k, v)
 
 
 @dims
+@dtypes
 @pytest.mark.parametrize("scale", [1.0, 6.0])
-def test_as_exact_as_the_framework(dim: int, scale: float, rng: np.random.Generator) -> None:
-    """Largest and mean error against fp64 at most 1.5 times those of the framework's bf16 attention."""
-    q = scale * queries(1, 1111, 4, dim)
-    k, v = slices_of_a_cache(1, 4001, 4, dim, "cuda")
+def test_as_exact_as_the_framework(
+    dim: int, dtype: torch.dtype, scale: float, rng: np.random.Generator
+) -> None:
+    """Largest and mean error against fp64 at most 1.5 times those of the framework's attention in the same dtype."""
+    q = scale * queries(1, 1111, 4, dim, dtype)
+    k, v = slices_of_a_cache(1, 4001, 4, dim, "cuda", dtype)
     q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
     want = F.scaled_dot_product_attention(q_.double(), k_.double(), v_.double()).transpose(1, 2)
     theirs = (F.scaled_dot_product_attention(q_, k_, v_).transpose(1, 2).double() - want).abs()
@@ -117,11 +128,14 @@ def test_without_scratch_the_same_bits_in_every_active_set(dim: int, rng: np.ran
 
 
 @dims
+@dtypes
 @pytest.mark.parametrize("active, rows, heads", [(1, 32760, 12), (131, 9360, 5), (400, 8190, 12), (1409, 5003, 12)])
-def test_split_keys(dim: int, active: int, rows: int, heads: int, rng: np.random.Generator) -> None:
+def test_split_keys(
+    dim: int, dtype: torch.dtype, active: int, rows: int, heads: int, rng: np.random.Generator
+) -> None:
     """Through scratch that holds NaN and is as small as may be; as without it, but for rounding."""
-    q = queries(1, active, heads, dim)
-    k, v = slices_of_a_cache(1, rows, heads, dim, "cuda")
+    q = queries(1, active, heads, dim, dtype)
+    k, v = slices_of_a_cache(1, rows, heads, dim, "cuda", dtype)
     count = _native.active_attention_scratch(q, None, q, k, v)
     assert count > 0
     scratch = torch.full((count + 64,), float("nan"), device="cuda")
@@ -154,11 +168,12 @@ def test_nan_in_a_query_stays_in_its_row(dim: int, rng: np.random.Generator) -> 
 
 
 @dims
-def test_in_a_graph(dim: int, rng: np.random.Generator) -> None:
+@dtypes
+def test_in_a_graph(dim: int, dtype: torch.dtype, rng: np.random.Generator) -> None:
     """Replays see the tensors' new values; segments are those of the capture, and split keys use its scratch."""
     segments = [[150, 0, 64, 200, 6001], [183, 10, 7999, 7999, 7999]]
-    q = queries(1, 333, 4, dim)
-    k, v = slices_of_a_cache(1, 7999, 4, dim, "cuda")
+    q = queries(1, 333, 4, dim, dtype)
+    k, v = slices_of_a_cache(1, 7999, 4, dim, "cuda", dtype)
     assert _native.active_attention_scratch(q, None, q, k, v, torch.tensor(segments)) > 0
     out, lse = torch.empty_like(q), torch.empty(1, 4, 333, device="cuda")
     held = torch.tensor(segments)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from . import hopper
+from .test_machine_code import tool
 
 dims = pytest.mark.parametrize("dim", [64, 128])
 TILE_ROWS = 128
@@ -80,7 +81,7 @@ def test_v_is_read_where_tma_put_it(dim: int, rng: np.random.Generator) -> None:
 
 
 def test_scores_are_the_operand_of_the_next_product() -> None:
-    """PTX ISA, register fragments of wgmma m64k16 (A) and m64nN (D), bf16: A's element i of eight is at row
+    """PTX ISA, register fragments of wgmma m64k16 (A) and m64nN (D), bf16 and fp16: A's element i of eight is at row
     groupID, + 8 where i is 2, 3, 6 or 7, and column 2 * (lane % 4) + i % 2, + 8 where i >= 4; groupID is lane / 4."""
     library = hopper.library()
     for thread in range(128):
@@ -105,6 +106,7 @@ def test_what_the_kernel_takes() -> None:
 
     assert refusal() == refusal(dim=128) == ""
     assert refusal(k=tensor(5120, 128, 64), v=tensor(64 * 999, 136, 64)) == ""
+    assert refusal(dtype=torch.float16) == ""
     assert "float32" in refusal(dtype=torch.float32)
     assert "80" in refusal(dim=80)
     assert "k's row stride is 129" in refusal(k=tensor(5160, 129, 64))
@@ -133,23 +135,27 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def test_the_assembler_keeps_registers_and_overlap(compiled: tuple[Path, str]) -> None:
-    """No spills, no stack, no product made to wait (C7508 to C7519 say so), for both kernels and head dimensions."""
+    """No spills, no stack, no product made to wait (C7508 to C7519 say so), for both kernels, head dimensions and
+    dtypes; 8 blocks of 128 threads that join, one block of 384, which splits its registers anew."""
     said = compiled[1]
-    assert said.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 4
+    of_kernel = dict(re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", said, re.DOTALL))
+    assert len(of_kernel) == 8
+    assert all(int(count) <= (64 if "join_kernel" in name else 168) for name, count in of_kernel.items())
+    assert said.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 8
     assert "C75" not in said and "warning" not in said.lower(), said
 
 
 def test_instructions_of_the_machine_code(compiled: tuple[Path, str]) -> None:
     """A product is in flight during the softmax: in the loop, the powers of two lie between the end of the first
     product and the end of the second."""
-    if not shutil.which("nvdisasm"):
-        pytest.skip("needs nvdisasm")
+    if (disassembler := tool("nvdisasm")) is None:
+        pytest.skip("needs nvdisasm, from the CUDA toolkit or Triton's wheel")
     code = subprocess.run(
-        ["nvdisasm", "-c", str(compiled[0])], capture_output=True, text=True, check=True
+        [disassembler, "-c", str(compiled[0])], capture_output=True, text=True, check=True
     ).stdout
     products, joins = 0, 0
     for kernel in code.split(".section\t.text.")[1:]:
-        assert "LDL" not in kernel and "STL" not in kernel
+        assert "LDL" not in kernel and "STL" not in kernel and " HMMA" not in kernel
         if "join_kernel" in kernel.splitlines()[0]:
             joins += 1
             assert "HGMMA" not in kernel and "LDS" not in kernel
@@ -157,14 +163,16 @@ def test_instructions_of_the_machine_code(compiled: tuple[Path, str]) -> None:
             continue
         products += 1
         dim = 64 if "ILi64E" in kernel.splitlines()[0] else 128
+        in_bf16 = "ElementE1E" in kernel.splitlines()[0]
         assert kernel.count("HGMMA") == 2 * dim // 16 + 2 * 8
+        assert len(re.findall(r"HGMMA\.64x\d+x16\.F32" + r"\.BF16" * in_bf16 + r"\s", kernel)) == kernel.count("HGMMA")
         assert kernel.count("USETMAXREG") == 2 and "UTMALDG.5D" in kernel and ".tnspB" in kernel
         loop = kernel[kernel.index("DEPBAR.LE gsb0, 0x1") :]
         assert loop[: loop.index("DEPBAR.LE gsb0, 0x0")].count("MUFU.EX2") == 64 + 2
         producer = kernel[kernel.index("USETMAXREG.DEALLOC") :]
         producer = producer[: producer.rindex("EXIT")]
         assert max(int(register) for register in re.findall(r"\bR(\d+)", producer)) < 24
-    assert products == joins == 2
+    assert products == joins == 4
 
 
 def test_the_emulated_parameters_are_the_real_ones() -> None:

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from . import hopper
-from .attention_oracle import check, poison_outside, random_segments, slices_of_a_cache
+from .attention_oracle import HALVES, check, poison_outside, random_segments, slices_of_a_cache
 from .hopper import attend
 
 dims = pytest.mark.parametrize("dim", [64, 128])
-lates = pytest.mark.parametrize("late", hopper.LATE)
 
 
 def into_parts(length: int, whole: int = 0, blocks: int = 3) -> hopper.Splitting:
@@ -20,8 +19,10 @@ def into_parts(length: int, whole: int = 0, blocks: int = 3) -> hopper.Splitting
 
 
 @dims
-@lates
-def test_a_layer_of_a_cache(dim: int, late: str, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize(
+    "dtype, late", [*((torch.bfloat16, late) for late in hopper.LATE), (torch.float16, "products")]
+)
+def test_a_layer_of_a_cache(dim: int, dtype: torch.dtype, late: str, rng: np.random.Generator) -> None:
     """Batches and heads; parts of one key tile and more, of a last tile that is not full; tiles before them whole."""
     batch, active, rows, heads = (int(n) for n in rng.integers((1, 1, 300, 1), (3, 200, 900, 3)))
     tiles = batch * heads * -(-active // 128)
@@ -29,8 +30,8 @@ def test_a_layer_of_a_cache(dim: int, late: str, rng: np.random.Generator) -> No
     seed = int(rng.integers(1 << 30))
     print(f"batch {batch}, active {active}, rows {rows}, heads {heads}, length {splitting.length}, whole "
           f"{splitting.whole}, blocks {splitting.blocks}, seed {seed}")  # fmt: skip
-    q = torch.randn(batch, active, heads, dim).bfloat16()
-    k, v = slices_of_a_cache(batch, rows, heads, dim)
+    q = torch.randn(batch, active, heads, dim).to(dtype)
+    k, v = slices_of_a_cache(batch, rows, heads, dim, dtype=dtype)
     check(*attend(q, k, v, None, splitting, seed, late), q, k, v)
 
 
@@ -41,8 +42,9 @@ def test_segments_see_their_ranges_alone(dim: int, length: int, rng: np.random.G
     batch, active, rows = 2, int(rng.integers(1, 200)), int(rng.integers(1, 800))
     segments, seed = random_segments(rng, active, rows), int(rng.integers(1 << 30))
     print(f"active {active}, rows {rows}, segments {segments}, seed {seed}")
-    q = torch.randn(batch, active, 1, dim).bfloat16()
-    k, v = slices_of_a_cache(batch, rows, 1, dim)
+    dtype = HALVES[(dim // 64 + length) % 2]
+    q = torch.randn(batch, active, 1, dim).to(dtype)
+    k, v = slices_of_a_cache(batch, rows, 1, dim, dtype=dtype)
     poison_outside(k, segments)
     poison_outside(v, segments)
     check(*attend(q, k, v, segments, into_parts(length), seed), q, k, v, segments)
@@ -73,10 +75,11 @@ def test_as_the_host_decides(dim: int, rng: np.random.Generator) -> None:
 
 
 @dims
-def test_scores_of_one_part_outweigh_the_others(dim: int, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("dtype", HALVES)
+def test_scores_of_one_part_outweigh_the_others(dim: int, dtype: torch.dtype, rng: np.random.Generator) -> None:
     """The largest score in the last part, or the first; parts whose weights vanish beside it."""
-    q = 8 * torch.randn(1, 70, 1, dim).bfloat16()
-    k, v = slices_of_a_cache(1, 600, 1, dim)
+    q = 8 * torch.randn(1, 70, 1, dim).to(dtype)
+    k, v = slices_of_a_cache(1, 600, 1, dim, dtype=dtype)
     k[:, 590] = q[:, 0]
     k[:, 0] = q[:, 1]
     check(*attend(q, k, v, None, into_parts(1)), q, k, v)

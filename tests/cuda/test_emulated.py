@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+
+from dsa_rt.reference import layers as reference
 
 from . import emulation, layer_checks
 from .layer_checks import FLOATS, LAYOUTS, Machine
@@ -16,8 +19,17 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler"),
     pytest.mark.skipif(not (emulation.ROOT / "kernels/cuda").exists(), reason="not a source tree"),
 ]
+HALVES = (torch.bfloat16, torch.float16)
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
-dtypes = pytest.mark.parametrize("dtype", FLOATS)
+
+
+def rows_of(shapes: list[tuple[int, ...]]) -> pytest.MarkDecorator:
+    """Every shape in every layout, in fp32 and one of bf16 and fp16, whose kernels are the same template."""
+    every = [(shape, layout, (i + j) % 2) for i, shape in enumerate(shapes) for j, layout in enumerate(LAYOUTS)]
+    return pytest.mark.parametrize(
+        "shape, dtype, layout",
+        [(shape, dtype, layout) for shape, layout, half in every for dtype in (torch.float32, HALVES[half])],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +44,7 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-@layouts
-@dtypes
-@pytest.mark.parametrize("shape", layer_checks.NORM_SHAPES)
+@rows_of(layer_checks.NORM_SHAPES)
 def test_norm_modulate(
     machine: Machine, rng: np.random.Generator, shape: tuple[int, int, int], dtype: torch.dtype, layout: str
 ) -> None:
@@ -42,9 +52,7 @@ def test_norm_modulate(
         layer_checks.norm_modulate(machine, rng, shape, dtype, layout, residual)
 
 
-@layouts
-@dtypes
-@pytest.mark.parametrize("shape", layer_checks.NORM_SHAPES)
+@rows_of(layer_checks.NORM_SHAPES)
 def test_rms_norm(
     machine: Machine, rng: np.random.Generator, shape: tuple[int, int, int], dtype: torch.dtype, layout: str
 ) -> None:
@@ -52,14 +60,12 @@ def test_rms_norm(
         layer_checks.rms_norm(machine, rng, shape, dtype, layout, weights)
 
 
-@layouts
-@dtypes
-@pytest.mark.parametrize("shape", layer_checks.QK_SHAPES)
+@rows_of(layer_checks.QK_SHAPES)
 def test_qk_norm_rope_store(
     machine: Machine, rng: np.random.Generator, shape: tuple[int, int, int, int, int], dtype: torch.dtype,
     layout: str,
 ) -> None:  # fmt: skip
-    for weights, with_slots in ((torch.float32, True), (torch.bfloat16, False)):
+    for weights, with_slots in ((torch.float32, True), (torch.bfloat16, False), (torch.float16, True)):
         layer_checks.qk_norm_rope_store(machine, rng, shape, dtype, layout, weights, with_slots)
 
 
@@ -71,9 +77,27 @@ def test_move_rows(
     layer_checks.move_rows(machine, rng, row, dtype, layout)
 
 
-@layouts
-@dtypes
-@pytest.mark.parametrize("shape", layer_checks.POOL_SHAPES)
+@rows_of(layer_checks.QUANTIZE_SHAPES)
+def test_quantize_rows(
+    machine: Machine, rng: np.random.Generator, shape: tuple[int, int, int, int, int], dtype: torch.dtype,
+    layout: str,
+) -> None:  # fmt: skip
+    for with_slots in (True, False):
+        layer_checks.quantize_rows(machine, rng, shape, dtype, layout, with_slots)
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [((1, 2**31, 2, 8), "4294967296 heads of rows, expected at most 4294967295"),
+     ((1, 1, 1, 2**30 + 1), "1073741825 elements in a head, expected at most 1073741824")],
+)  # fmt: skip
+def test_more_than_quantize_rows_counts(machine: Machine, shape: tuple[int, ...], says: str) -> None:
+    rows = torch.empty(1, 1, 1, 1).expand(shape)
+    with pytest.raises(RuntimeError, match=f"quantize_rows: {says}; use another backend"):
+        machine.run("quantize_rows", rows, rows[..., 0], rows, None)
+
+
+@rows_of(layer_checks.POOL_SHAPES)
 def test_confidence_pool(
     machine: Machine, rng: np.random.Generator, shape: tuple[int, int, int, int], dtype: torch.dtype,
     layout: str,
@@ -105,7 +129,18 @@ def test_out_of_range(machine: Machine, op: str, bad: int) -> None:
     layer_checks.out_of_range(machine, op, bad, lambda tensor: tensor, stops)
 
 
-@dtypes
+def test_fp16_ends_at_65504(machine: Machine, rng: np.random.Generator) -> None:
+    """Beyond it a result is infinite, as in the definition; below 2^-14 it is a multiple of 2^-24."""
+    x = layer_checks.random(rng, 1, 1, 40, dtype=torch.float16)
+    for scale in (1e6, 1e-6):
+        out = torch.full_like(x, math.nan)
+        machine.run("rms_norm", out, x, torch.full((40,), scale), 1e-6)
+        expected = reference.rms_norm(x, torch.full((40,), scale), 1e-6)
+        torch.testing.assert_close(out, expected, rtol=2.0**-10, atol=2.0**-24)
+        assert out.isinf().any() if scale > 1 else (out.abs() < 2.0**-14).all() and out.any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("velocity_dtype", FLOATS)
 @pytest.mark.parametrize("shape", layer_checks.STEP_SHAPES)
 def test_step_family(
@@ -115,5 +150,6 @@ def test_step_family(
     layer_checks.step_family(machine, rng, shape, dtype, velocity_dtype)
 
 
-def test_exit_decision(machine: Machine, rng: np.random.Generator) -> None:
-    layer_checks.exit_decision(machine, rng)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_exit_decision(machine: Machine, rng: np.random.Generator, dtype: torch.dtype) -> None:
+    layer_checks.exit_decision(machine, rng, dtype)

@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsa_rt.errors import ShapeError
+from dsa_rt.ops.backend import IMPLEMENTATIONS, native
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "gpu.sh"
 pytestmark = pytest.mark.skipif(not SCRIPT.exists() or not shutil.which("bash"), reason="no source tree or no bash")
@@ -99,14 +102,34 @@ def test_a_stage_that_fails_does_not_stop_the_next(tools: Tools) -> None:
         assert line in tools.summary()
 
 
+def takes_fp16() -> bool:
+    x = torch.empty(1, 1, 2, dtype=torch.float16)
+    try:
+        native.check_rms_norm(x, x.clone(), torch.ones(2), 1e-6)
+    except ShapeError:
+        return False
+    return True
+
+
+needs_fp16 = pytest.mark.skipif(not takes_fp16(), reason="the native module takes no fp16")
+
+
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def test_every_op_is_watched() -> None:
+@needs_fp16
+def test_every_op_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.gpu.cases import OPS
+
     done = run("bench.gpu.sanitize", "--device", "cpu", "--backends", "native", "torch")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "sanitize: 102 calls ran"  # 3 sizes of 17 calls by 2 backends
+    in_fp16 = [op for op, case in OPS.items() if not case.wide]
+    in_fp16 += ["active_attention", "active_attention", "residual_norm_modulate", "quantize_rows"]
+    unserved = [op for op in in_fp16 if IMPLEMENTATIONS[op][0].refusal("cpu", torch.float16)]
+    count = 4 * (len(OPS) + 4) * 2 - len(unserved)  # sizes, calls, backends; what native does not take in fp16
+    assert done.stdout.splitlines()[-1] == f"sanitize: {count} calls ran"
 
 
 def test_an_op_that_is_never_served_fails() -> None:
@@ -136,6 +159,22 @@ def test_ops(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "left out: active_attention, A 5, N 13 on cpu: its order is fixed" in done.stdout
     assert table.read_text() == (ROOT / "dsa_rt" / "ops" / "choices.json").read_text()
+
+
+@needs_fp16
+def test_one_size_is_measured_in_fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.gpu import ops
+
+    monkeypatch.setattr(ops, "ONE_SIZE_OF_FP16", 5)
+    arguments = ["--device", "cpu", "--sizes", "tiny", "--ops", "rms_norm", "renoise", "--out", str(tmp_path)]
+    assert ops.main(arguments) == 0
+    rows = json.loads((tmp_path / "gpu-ops.json").read_text())["rows"]
+    assert [(row["op"], row["active"], row["dtype"]) for row in rows] == [
+        ("rms_norm", 5, "bfloat16"), ("rms_norm", 13, "bfloat16"), ("renoise", 5, "float32"),
+        ("renoise", 13, "float32"), ("rms_norm", 5, "float16"),
+    ]  # fmt: skip
+    assert ops.label(rows[-1]) == "rms_norm, A 5, fp16" and "torch" in rows[-1]["ways"]
 
 
 def test_a_wrong_result_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,16 @@ def test_move_rows(rng: np.random.Generator, row: tuple[int, ...], dtype: torch.
 
 @layouts
 @dtypes
+@pytest.mark.parametrize("shape", [*layer_checks.QUANTIZE_SHAPES, (1, 4680, 5000, 12, 128), (2, 97, 100, 40, 64)])
+def test_quantize_rows(
+    rng: np.random.Generator, shape: tuple[int, int, int, int, int], dtype: torch.dtype, layout: str
+) -> None:
+    for with_slots in (True, False):
+        layer_checks.quantize_rows(machine, rng, shape, dtype, layout, with_slots)
+
+
+@layouts
+@dtypes
 @pytest.mark.parametrize("shape", [*layer_checks.POOL_SHAPES, (1, 1408, 12, 128), (1, 4680, 12, 128), (2, 97, 64, 128)])
 def test_confidence_pool(
     rng: np.random.Generator, shape: tuple[int, int, int, int], dtype: torch.dtype, layout: str
@@ -84,16 +94,17 @@ def test_step_family(
     layer_checks.step_family(machine, rng, shape, dtype, velocity_dtype)
 
 
-def test_exit_decision(rng: np.random.Generator) -> None:
-    layer_checks.exit_decision(machine, rng)
+@dtypes
+def test_exit_decision(rng: np.random.Generator, dtype: torch.dtype) -> None:
+    layer_checks.exit_decision(machine, rng, dtype)
 
 
-def calls(rng: np.random.Generator) -> dict[str, tuple[list[Tensor], tuple[Any, ...]]]:
+def calls(rng: np.random.Generator, dtype: torch.dtype) -> dict[str, tuple[list[Tensor], tuple[Any, ...]]]:
     """Every op: its outputs, and its arguments on the card."""
     batch, active, heads, dim, cached = 2, 37, 3, 64, 50
     width = heads * dim
 
-    def made(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def made(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return random(rng, *shape, dtype=dtype).cuda()
 
     def rows(total: int) -> Tensor:
@@ -107,6 +118,8 @@ def calls(rng: np.random.Generator) -> dict[str, tuple[list[Tensor], tuple[Any, 
     cos, sin = (made(active, dim // 2, dtype=torch.float32) for _ in range(2))
     pooled, query = torch.empty(batch, heads, width, device="cuda"), made(heads, dim, dtype=torch.float32)
     wide, gathered = made(batch, cached, width), torch.empty_like(x)
+    codes, scales = (torch.zeros(shape, device="cuda") for shape in (k_cache.shape, k_cache.shape[:3]))
+    codes = codes.to(torch.float8_e4m3fn)
     return {
         "norm_modulate": ([out], (out, x, shift, scale, rows(40), 1e-6)),
         "residual_norm_modulate": ([total, out], (total, out, x, y, gate, shift, scale, rows(40), 1e-6)),
@@ -118,18 +131,22 @@ def calls(rng: np.random.Generator) -> dict[str, tuple[list[Tensor], tuple[Any, 
         ),
         "gather_rows": ([gathered], (gathered, wide, rows(cached))),
         "scatter_rows": ([wide], (wide, rows(cached), x)),
+        "quantize_rows": (
+            [codes.view(torch.uint8), scales], (codes, scales, x.unflatten(-1, (heads, dim)), rows(cached)),
+        ),
         "confidence_pool": ([pooled], (pooled, query, q, weight, x, 1e-6)),
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "op",
     ["norm_modulate", "residual_norm_modulate", "rms_norm", "qk_norm_rope_store", "gather_rows", "scatter_rows",
-     "confidence_pool"],
+     "quantize_rows", "confidence_pool"],
 )
-def test_graph_capture(rng: np.random.Generator, op: str) -> None:
+def test_graph_capture(rng: np.random.Generator, op: str, dtype: torch.dtype) -> None:
     """A captured call replayed on other numbers has the bits of a plain one."""
-    outputs, arguments = calls(rng)[op]
+    outputs, arguments = calls(rng, dtype)[op]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -139,7 +156,7 @@ def test_graph_capture(rng: np.random.Generator, op: str) -> None:
     with torch.cuda.graph(graph):
         machine.run(op, *arguments)
     for argument in arguments:
-        if isinstance(argument, Tensor) and argument.is_floating_point():
+        if isinstance(argument, Tensor) and argument.is_floating_point() and argument.itemsize > 1:
             argument.mul_(1.5).add_(0.25)
     before = [output.clone() for output in outputs]
     machine.run(op, *arguments)

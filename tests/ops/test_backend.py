@@ -302,12 +302,18 @@ def test_triton_serves_only_where_asked_for_and_only_cuda() -> None:
 
 @pytest.mark.parametrize("op", FP8)
 def test_fp8_on_cuda_is_triton_where_it_can_be(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no native kernel, in no build; without Triton or E4M3, and in fp16, it is the definition."""
+    """Attention has no native kernel in any build, rows have none without nvcc; without Triton or E4M3, and in fp16, it
+    is the definition."""
     native, others = IMPLEMENTATIONS[op][0], IMPLEMENTATIONS[op][1:]
     assert native.backend == "native"
-    for built in ("", "90a"):
+    native = dataclasses.replace(native, devices=("cpu",))  # as built without nvcc
+    monkeypatch.setitem(IMPLEMENTATIONS, op, (native, *others))
+    reasons = ["native has no kernel for device 'cuda'"] * 2
+    if op == "quantize_rows":
+        reasons = ["was built without CUDA kernels"]
+    for built, why in zip(("", "90a"), reasons, strict=False):
         monkeypatch.setattr(backend.native, "build_info", lambda built=built: {"cuda": built})
-        with pytest.raises(OptionError, match=r"'native' was asked for, but native has no kernel for device 'cuda'"):
+        with pytest.raises(OptionError, match=f"'native' was asked for, but .*{why}"):
             choose(op, "cuda", torch.bfloat16, "native")
     monkeypatch.undo()
     installed = [dataclasses.replace(i, missing="") if i.backend == "triton" else i for i in others]
@@ -318,6 +324,15 @@ def test_fp8_on_cuda_is_triton_where_it_can_be(op: str, monkeypatch: pytest.Monk
     gone = [dataclasses.replace(i, missing="Triton is not installed") if i.run else i for i in installed]
     monkeypatch.setitem(IMPLEMENTATIONS, op, (native, *gone))
     assert choose(op, "cuda", torch.bfloat16) == "torch"
+
+
+def test_rows_into_fp8_are_native_where_that_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    native, triton_rows, definition = IMPLEMENTATIONS["quantize_rows"]
+    built = dataclasses.replace(native, devices=("cpu", "cuda"))
+    row = (built, dataclasses.replace(triton_rows, missing=""), definition)
+    monkeypatch.setitem(IMPLEMENTATIONS, "quantize_rows", row)
+    assert choose("quantize_rows", "cuda", torch.bfloat16) == "native"
+    assert choose("quantize_rows", "cuda", torch.bfloat16, "triton") == "triton"
 
 
 @pytest.mark.parametrize(

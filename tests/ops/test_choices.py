@@ -101,7 +101,7 @@ def test_the_order_on_a_cpu_is_fixed() -> None:
     """Bits of native rows do not depend on company, recorded passes hold native ops alone: no row may change that."""
     assert {device for _, device in backend.MOVABLE} == {"cuda"}
     fixed = set(backend.IMPLEMENTATIONS) - {op for op, _ in backend.MOVABLE}
-    assert fixed == {"linear", "quantize_rows", "active_attention_fp8"}  # one kernel, or none but the framework's
+    assert fixed == {"linear", "active_attention_fp8"}  # one kernel, or none but the framework's
     assert set(choices.SIZES) == {op for op, _ in backend.MOVABLE}
     for op, sizes in choices.SIZES.items():
         nothing = {name: None for name in ("active", "cached", "dim") if name not in sizes}
@@ -239,6 +239,7 @@ def test_sizes_are_where_the_schemas_have_them() -> None:
         "gather_rows": {"active": "out", "cached": "x", "dim": "out"},
         "scatter_rows": {"active": "src", "cached": "x", "dim": "x"},
         "cached_step": {"active": "fresh", "cached": "x", "dim": "x"},
+        "quantize_rows": {"active": "rows", "dim": "rows"},
         "confidence_pool": {"active": "tokens", "dim": "tokens"},
         "residual_norm_modulate": {"active": "sum", "dim": "sum"},
     }

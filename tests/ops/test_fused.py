@@ -216,3 +216,9 @@ def test_on_a_gpu(name: str, dim: int) -> None:
         except OptionError as error:
             pytest.skip(str(error))
         assert close(out, q, k, v, segments)
+
+
+@names
+def test_dtypes_that_it_takes(name: str) -> None:
+    (row,) = (i for i in backend.IMPLEMENTATIONS["active_attention"] if i.backend == name)
+    assert row.dtypes == (torch.bfloat16, torch.float16)

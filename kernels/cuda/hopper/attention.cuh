@@ -32,14 +32,14 @@ struct Arguments {
 };
 static_assert(sizeof(Arguments) <= 4096, "parameters of a kernel");
 
-template <int D>
+template <int D, Element element>
 Arguments make_arguments(const AttentionParams& a, const Plan& plan, float* scratch) {
   Arguments p = {};
-  p.q = rows_map(a.q, a.batch, a.active, a.heads, D, tile_queries);
-  p.k = rows_map(a.k, a.batch, a.rows, a.heads, D, tile_keys);
+  p.q = rows_map(a.q, a.batch, a.active, a.heads, D, tile_queries, element);
+  p.k = rows_map(a.k, a.batch, a.rows, a.heads, D, tile_keys, element);
   for (int i = 0; i < plan.segment_count; ++i)
     for (int range = 0; range < plan.segments[i].ranges; ++range)
-      p.v[2 * i + range] = rows_map(a.v, a.batch, plan.segments[i].end[range], a.heads, D, tile_keys);
+      p.v[2 * i + range] = rows_map(a.v, a.batch, plan.segments[i].end[range], a.heads, D, tile_keys, element);
   p.plan = plan;
   p.result = {a.out, a.lse, a.lse_batch_stride, a.lse_head_stride, scratch,
               (float)(1.44269504088896340736 / std::sqrt((double)D))};
@@ -121,33 +121,34 @@ __device__ __forceinline__ void produce(const Arguments& p, Storage<D>& shared) 
 }
 
 // Issues S = Q KT: this consumer's 64 rows of q, all 128 of k.
-template <int D>
+template <int D, Element element>
 __device__ __forceinline__ void issue_scores(float (&s)[tile_keys / 2], uint64_t q, uint64_t k) {
-  multiply<false>(s, q, k);
+  multiply<element, false>(s, q, k);
 #pragma unroll
   for (int step = 1; step < D / mma_depth; ++step)
-    multiply<true>(s, q + k_major_step(step, tile_queries), k + k_major_step(step, tile_keys));
+    multiply<element, true>(s, q + k_major_step(step, tile_queries), k + k_major_step(step, tile_keys));
   commit();
 }
 
 // Issues O += P V.
-template <int D>
+template <int D, Element element>
 __device__ __forceinline__ void issue_output(float (&o)[D / 2], const uint32_t (&p)[tile_keys / 4], uint64_t v) {
 #pragma unroll
-  for (int step = 0; step < tile_keys / mma_depth; ++step) multiply(o, p + 4 * step, v + mn_major_step(step));
+  for (int step = 0; step < tile_keys / mma_depth; ++step) multiply<element>(o, p + 4 * step, v + mn_major_step(step));
   commit();
 }
 
 // Weights as the A operand of the second product: in the order of layout.cuh's operand_pair.
+template <Element element>
 __device__ __forceinline__ void pack(uint32_t (&p)[tile_keys / 4], const float (&s)[tile_keys / 2]) {
 #pragma unroll
   for (int step = 0; step < tile_keys / mma_depth; ++step)
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair)
-      p[4 * step + pair] = pack_bf16(s[operand_pair(step, pair)], s[operand_pair(step, pair) + 1]);
+      p[4 * step + pair] = pack_pair<element>(s[operand_pair(step, pair)], s[operand_pair(step, pair) + 1]);
 }
 
-template <int D>
+template <int D, Element element>
 __device__ __forceinline__ void consume(const Arguments& p, Storage<D>& shared, int consumer, int thread) {
   const int my_turn = 1 + consumer, others_turn = 2 - consumer;  // named barriers; 0 is __syncthreads's
   const int first_row = consumer * mma_rows;
@@ -176,14 +177,14 @@ __device__ __forceinline__ void consume(const Arguments& p, Storage<D>& shared, 
     wait(shared.k_full[key.stage], key.parity);
     named_sync(my_turn, consumers * warpgroup);
     start(s);
-    issue_scores<D>(s, q, k_major(shared_address(shared.k[key.stage])));
+    issue_scores<D, element>(s, q, k_major(shared_address(shared.k[key.stage])));
     named_arrive(others_turn, consumers * warpgroup);
     finish<0>(s);
     done(shared.k_empty[key.stage]);
     if (work.first_keys + 1 == work.end_keys) done(shared.q_empty);
     if (const int rows = key_tile(segment, work.first_keys).rows; rows < tile_keys) mask(s, rows, thread);
     softmax.update(s, fade);
-    pack(weights, s);
+    pack<element>(weights, s);
     wait(shared.v_full[value.stage], value.parity);
 
     for (int i = work.first_keys + 1; i < work.end_keys; ++i) {
@@ -191,8 +192,8 @@ __device__ __forceinline__ void consume(const Arguments& p, Storage<D>& shared, 
       wait(shared.k_full[key.stage], key.parity);
       named_sync(my_turn, consumers * warpgroup);
       start(s, o, weights);
-      issue_scores<D>(s, q, k_major(shared_address(shared.k[key.stage])));
-      issue_output<D>(o, weights, mn_major(shared_address(shared.v[value.stage]), tile_keys));
+      issue_scores<D, element>(s, q, k_major(shared_address(shared.k[key.stage])));
+      issue_output<D, element>(o, weights, mn_major(shared_address(shared.v[value.stage]), tile_keys));
       named_arrive(others_turn, consumers * warpgroup);
       finish<1>(s);
       done(shared.k_empty[key.stage]);
@@ -208,26 +209,26 @@ __device__ __forceinline__ void consume(const Arguments& p, Storage<D>& shared, 
       finish<0>(o, weights);
       done(shared.v_empty[value.stage]);
       value = next;
-      pack(weights, s);
+      pack<element>(weights, s);
 #pragma unroll
       for (int j = 0; j < D / 2; ++j) o[j] *= fade[j / 2 % 2];
     }
     key.advance();
 
     start(o, weights);
-    issue_output<D>(o, weights, mn_major(shared_address(shared.v[value.stage]), tile_keys));
+    issue_output<D, element>(o, weights, mn_major(shared_address(shared.v[value.stage]), tile_keys));
     finish<0>(o, weights);
     done(shared.v_empty[value.stage]);
     value.advance();
     if (work.slot < 0)
-      write<D>(p.result, segment, work.tile, o, softmax, first_row, thread);
+      write<D, element>(p.result, segment, work.tile, o, softmax, first_row, thread);
     else
       write_partial<D>(p.result, segment, work, o, softmax, first_row, thread);
   }
   if (consumer == 0) named_sync(my_turn, consumers * warpgroup);  // the arrival that is left
 }
 
-template <int D>
+template <int D, Element element>
 __global__ void __launch_bounds__(block_threads, 1) attention_kernel(const __grid_constant__ Arguments p) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ unsigned char memory[];
@@ -252,7 +253,7 @@ __global__ void __launch_bounds__(block_threads, 1) attention_kernel(const __gri
     if (threadIdx.x == 0) produce<D>(p, shared);
   } else {
     take_registers<240>();
-    consume<D>(p, shared, role - 1, threadIdx.x % warpgroup);
+    consume<D, element>(p, shared, role - 1, threadIdx.x % warpgroup);
   }
 #else
   __trap();

@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "../../element.h"
+
 namespace dsa_rt::cuda::hopper {
 
 // 2^x within 2 units in the last place; results below 2^-126 are 0.
@@ -24,6 +26,20 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
+}
+
+// The same as fp16: infinite from 65520 on, multiples of 2^-24 below 2^-14.
+__device__ __forceinline__ uint32_t pack_fp16(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// Either, as `element` says.
+template <Element element>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+  static_assert(element == Element::bfloat16 || element == Element::float16);
+  return element == Element::bfloat16 ? pack_bf16(low, high) : pack_fp16(low, high);
 }
 
 __device__ __forceinline__ float exchange(float value, int lane_mask) {

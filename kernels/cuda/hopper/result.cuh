@@ -79,7 +79,7 @@ __device__ __forceinline__ void store_sum(const Result& r, const QueryTile& tile
 }
 
 // Divides by the sums and writes the rows that are the segment's.
-template <int D>
+template <int D, Element element = Element::bfloat16>
 __device__ __forceinline__ void write(const Result& r, const Segment& segment, const QueryTile& tile,
                                       const float (&o)[D / 2], const Softmax& softmax, int first_row, int thread) {
 #pragma unroll
@@ -93,7 +93,7 @@ __device__ __forceinline__ void write(const Result& r, const Segment& segment, c
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         const int j = 4 * (4 * group + w) + 2 * i;
-        words[w] = pack_bf16(o[j] * factor, o[j + 1] * factor);
+        words[w] = pack_pair<element>(o[j] * factor, o[j + 1] * factor);
       }
       store_columns(out, row.mine, group, words, thread);
     }
@@ -134,7 +134,7 @@ int join_blocks(const Plan& p) {
 
 // A block joins 32 columns of 64 rows of a tile in the tail, its parts in their order: each is weighted with
 // 2^(scale * (its largest score - the largest of all)), as the running softmax weights what it has so far.
-template <int D>
+template <int D, Element element = Element::bfloat16>
 __global__ void __launch_bounds__(warpgroup) join_kernel(const __grid_constant__ JoinArguments p) {
   constexpr int groups = D / join_columns;
   const int group = blockIdx.x % groups, first_row = blockIdx.x / groups % consumers * mma_rows;
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(warpgroup) join_kernel(const __grid_constant__
     const float factor = reciprocal(total);
     uint32_t words[4];
 #pragma unroll
-    for (int w = 0; w < 4; ++w) words[w] = pack_bf16(o[2 * w] * factor, o[2 * w + 1] * factor);
+    for (int w = 0; w < 4; ++w) words[w] = pack_pair<element>(o[2 * w] * factor, o[2 * w + 1] * factor);
     store_columns(out_row(r, parts.tile, row), row.mine, group, words, thread);
     if (group == 0) store_sum(r, parts.tile, row, softmax.log_sum_exp(i, total), thread);
   }

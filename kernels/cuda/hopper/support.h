@@ -27,7 +27,7 @@ inline std::string heads_refusal(const std::string& name, const Heads& x, int64_
 // Why the kernel does not take the arguments, as a clause; empty where it does.
 inline std::string hopper_refusal(const AttentionParams& a) {
   constexpr int64_t most = INT32_MAX;
-  if (a.element != Element::bfloat16) return "the elements are float32, the kernel is for bfloat16";
+  if (a.element == Element::float32) return "the elements are float32, the kernel is for bfloat16 and float16";
   if (a.dim != 64 && a.dim != 128) return "the head dimension is " + std::to_string(a.dim) + ", expected 64 or 128";
   if (a.segments && a.segment_count > max_segments)
     return "there are " + std::to_string(a.segment_count) + " segments, expected at most " +

@@ -1,4 +1,4 @@
-// The copy engine: tensor maps of [B, rows, H, D] tensors in bf16, and the copy of a tile to shared memory.
+// The copy engine: tensor maps of [B, rows, H, D] tensors in bf16 or fp16, and the copy of a tile to shared memory.
 //
 // A map has five dimensions, (64 columns, rows, D / 64 slabs, H, B), so that one instruction brings a tile of all D
 // columns in the layout of layout.cuh. What lies beyond the map's rows arrives as zeros.
@@ -37,7 +37,9 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
 
 // Rows 0 to `rows` of x; a copy brings `box_rows` of them. A stride counts only where its dimension has a second
 // element: others are set to what the encoder accepts.
-inline TensorMap rows_map(const Heads& x, int64_t batch, int64_t rows, int64_t heads, int64_t dim, int box_rows) {
+inline TensorMap rows_map(const Heads& x, int64_t batch, int64_t rows, int64_t heads, int64_t dim, int box_rows,
+                          Element element = Element::bfloat16) {
+  const auto type = element == Element::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const auto bytes = [](int64_t stride, int64_t size) { return (cuuint64_t)(size > 1 ? 2 * stride : slab_row_bytes); };
   const cuuint64_t sizes[5] = {slab_columns, (cuuint64_t)rows, (cuuint64_t)(dim / slab_columns), (cuuint64_t)heads,
                                (cuuint64_t)batch};
@@ -47,9 +49,9 @@ inline TensorMap rows_map(const Heads& x, int64_t batch, int64_t rows, int64_t h
   const cuuint32_t every[5] = {1, 1, 1, 1, 1};
   TensorMap map;
   const CUresult result =
-      tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5, x.data, sizes, strides, box, every,
-                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      tensor_map_encoder()(&map, type, 5, x.data, sizes, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                           CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("active_attention: cuTensorMapEncodeTiled refused a tensor (CUresult " +
                              std::to_string((int)result) + ")");

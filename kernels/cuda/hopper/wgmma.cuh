@@ -1,4 +1,4 @@
-// Warpgroup matrix products (wgmma) on bf16 with fp32 accumulators, asynchronous.
+// Warpgroup matrix products (wgmma) on bf16 or fp16 with fp32 accumulators, asynchronous.
 //
 // In flight from multiply() until finish() says so: until then neither accumulators nor operands in registers may be
 // touched, which the compiler cannot know. start() and finish() therefore take the register arrays, as an assembler
@@ -6,6 +6,8 @@
 #pragma once
 
 #include <stdint.h>
+
+#include "../../element.h"
 
 namespace dsa_rt::cuda::hopper {
 
@@ -49,46 +51,63 @@ __device__ __forceinline__ void finish(Arrays&... registers) {
 #define DSA_RT_FLOATS_32(d, i) \
   DSA_RT_FLOATS_8(d, i), DSA_RT_FLOATS_8(d, i + 8), DSA_RT_FLOATS_8(d, i + 16), DSA_RT_FLOATS_8(d, i + 24)
 
+#define DSA_RT_SHARED_BY_SHARED(kind)                                                                     \
+  asm volatile(                                                                                          \
+      "{\n"                                                                                              \
+      ".reg .pred accumulate;\n"                                                                         \
+      "setp.ne.b32 accumulate, %66, 0;\n"                                                                \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." kind "." kind " {" DSA_RT_REGISTERS_64              \
+      "}, %64, %65, accumulate, 1, 1, 0, 0;\n"                                                           \
+      "}"                                                                                                \
+      : DSA_RT_FLOATS_32(d, 0), DSA_RT_FLOATS_32(d, 32)                                                  \
+      : "l"(a), "l"(b), "n"(accumulate ? 1 : 0))
+#define DSA_RT_REGISTERS_BY_SHARED(columns, kind, registers, a0, a1, a2, a3, b_at, ...)                   \
+  asm volatile(                                                                                          \
+      "{\n"                                                                                              \
+      ".reg .pred accumulate;\n"                                                                         \
+      "setp.eq.b32 accumulate, 0, 0;\n"                                                                  \
+      "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." kind "." kind " {" registers                \
+      "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b_at ", accumulate, 1, 1, 1;\n"                            \
+      "}"                                                                                                \
+      : __VA_ARGS__                                                                                      \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
 // d = a bT, plus d where `accumulate`: a [64, 16] and b [128, 16], both K-major in shared memory.
-template <bool accumulate>
+template <Element element, bool accumulate>
 __device__ __forceinline__ void multiply(float (&d)[64], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n"
-      ".reg .pred accumulate;\n"
-      "setp.ne.b32 accumulate, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" DSA_RT_REGISTERS_64
-      "}, %64, %65, accumulate, 1, 1, 0, 0;\n"
-      "}"
-      : DSA_RT_FLOATS_32(d, 0), DSA_RT_FLOATS_32(d, 32)
-      : "l"(a), "l"(b), "n"(accumulate ? 1 : 0));
+  if constexpr (element == Element::bfloat16)
+    DSA_RT_SHARED_BY_SHARED("bf16");
+  else
+    DSA_RT_SHARED_BY_SHARED("f16");
 }
 
 // d += a b: a [64, 16] in registers (layout.cuh: operand_pair), b [16, 128] MN-major in shared memory.
+template <Element element>
 __device__ __forceinline__ void multiply(float (&d)[64], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "{\n"
-      ".reg .pred accumulate;\n"
-      "setp.eq.b32 accumulate, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" DSA_RT_REGISTERS_64
-      "}, {%64, %65, %66, %67}, %68, accumulate, 1, 1, 1;\n"
-      "}"
-      : DSA_RT_FLOATS_32(d, 0), DSA_RT_FLOATS_32(d, 32)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#define DSA_RT_PRODUCT(kind)                                                                    \
+  DSA_RT_REGISTERS_BY_SHARED("128", kind, DSA_RT_REGISTERS_64, "%64", "%65", "%66", "%67", "%68", \
+                             DSA_RT_FLOATS_32(d, 0), DSA_RT_FLOATS_32(d, 32))
+  if constexpr (element == Element::bfloat16)
+    DSA_RT_PRODUCT("bf16");
+  else
+    DSA_RT_PRODUCT("f16");
+#undef DSA_RT_PRODUCT
 }
 
 // The same for b [16, 64].
+template <Element element>
 __device__ __forceinline__ void multiply(float (&d)[32], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "{\n"
-      ".reg .pred accumulate;\n"
-      "setp.eq.b32 accumulate, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" DSA_RT_REGISTERS_32
-      "}, {%32, %33, %34, %35}, %36, accumulate, 1, 1, 1;\n"
-      "}"
-      : DSA_RT_FLOATS_32(d, 0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#define DSA_RT_PRODUCT(kind) \
+  DSA_RT_REGISTERS_BY_SHARED("64", kind, DSA_RT_REGISTERS_32, "%32", "%33", "%34", "%35", "%36", DSA_RT_FLOATS_32(d, 0))
+  if constexpr (element == Element::bfloat16)
+    DSA_RT_PRODUCT("bf16");
+  else
+    DSA_RT_PRODUCT("f16");
+#undef DSA_RT_PRODUCT
 }
 
+#undef DSA_RT_SHARED_BY_SHARED
+#undef DSA_RT_REGISTERS_BY_SHARED
 #undef DSA_RT_REGISTERS_32
 #undef DSA_RT_REGISTERS_64
 #undef DSA_RT_FLOATS_8

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../../../kernels/cuda/layers.h"
+#include "../../../kernels/cuda/quantize.h"
 #include "../../../kernels/cuda/step.h"
 
 thread_local dim3 threadIdx, blockIdx;
@@ -184,6 +185,7 @@ EMULATED(norm_modulate, NormModulateParams)
 EMULATED(rms_norm, RmsNormParams)
 EMULATED(qk_norm_rope_store, QkNormRopeStoreParams)
 EMULATED(confidence_pool, ConfidencePoolParams)
+EMULATED(quantize_rows, QuantizeRowsParams)
 EMULATED(philox_normal, PhiloxNormalParams)
 EMULATED(renoise, RenoiseParams)
 EMULATED(cached_step, CachedStepParams)

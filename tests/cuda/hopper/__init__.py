@@ -18,6 +18,7 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[2] / "kernels"
+ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)  # of kernels/element.h
 INSTRUCTIONS = ("barrier.cuh", "registers.cuh", "tma.cuh", "wgmma.cuh")
 
 
@@ -74,7 +75,7 @@ def params(
     segments: list[list[int]] | None = None,
 ) -> Params:
     """The arguments of ``active_attention``; segments are [queries, begin, end, begin, end]."""
-    p = Params(*map(Heads.of, (out, q, k, v)), int(q.dtype == torch.bfloat16))
+    p = Params(*map(Heads.of, (out, q, k, v)), ELEMENTS.index(q.dtype))
     p.batch, p.active, p.heads, p.dim = q.shape
     p.rows = k.shape[1]
     if lse is not None:
@@ -108,7 +109,8 @@ def library() -> ctypes.CDLL:
             "-Wno-unknown-pragmas",
         ]
         header = sources / "cuda/hopper/device.h"
-        command = ["c++", *flags, f"-I{folder}", "-include", header, HERE / "attention.cpp", "-o", built]
+        folders = [f"-I{folder}", f"-I{HERE.parent}"]
+        command = ["c++", *flags, *folders, "-include", header, HERE / "attention.cpp", "-o", built]
         result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(result.stderr)
@@ -165,7 +167,7 @@ def attend(
     def poison(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.full(shape, float("nan"), dtype=dtype)
 
-    buffer = poison(batch, active + 2, heads, dim, dtype=torch.bfloat16)
+    buffer = poison(batch, active + 2, heads, dim, dtype=q.dtype)
     sums = poison(batch, heads, active + 3)
     out, lse = buffer[:, 1:-1], sums[..., 1:-2]
     p = params(out, q, k, v, lse, segments)

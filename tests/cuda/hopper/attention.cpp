@@ -38,7 +38,7 @@ thread_local std::string said;
 
 std::string run_blocks(const Request& r, int blocks, int threads, const std::function<void()>& kernel) {
   for (int b = 0; b < blocks; ++b) {
-    memset(memory, 0xFF, sizeof memory);  // bf16 NaN
+    memset(memory, 0xFF, sizeof memory);  // NaN in bf16 and fp16
     emulated::Block block(threads, b, blocks, r.seed + b, (emulated::Kind)r.late);
     emulated::block = &block;
     const std::string error = block.run(kernel);
@@ -47,15 +47,15 @@ std::string run_blocks(const Request& r, int blocks, int threads, const std::fun
   return "";
 }
 
-template <int D>
+template <int D, Element element>
 std::string run(const Request& r, const Plan& plan) {
   static_assert(shared_bytes<D> <= sizeof memory);
-  const Arguments p = make_arguments<D>(r.params, plan, r.scratch);
+  const Arguments p = make_arguments<D, element>(r.params, plan, r.scratch);
   const int blocks = (int)std::min<int64_t>(plan.works, r.splitting.blocks);
-  const std::string error = run_blocks(r, blocks, block_threads, [&] { attention_kernel<D>(p); });
+  const std::string error = run_blocks(r, blocks, block_threads, [&] { attention_kernel<D, element>(p); });
   if (!error.empty()) return error;
   const JoinArguments join = {plan, p.result};
-  return run_blocks(r, join_blocks<D>(plan), warpgroup, [&] { join_kernel<D>(join); });
+  return run_blocks(r, join_blocks<D>(plan), warpgroup, [&] { join_kernel<D, element>(join); });
 }
 
 }  // namespace
@@ -68,7 +68,10 @@ const char* attention_refusal(const AttentionParams* p) { return (said = hopper_
 const char* attention_run(const Request* r) {
   if (said = hopper_refusal(r->params); !said.empty()) return said.c_str();
   const Plan plan = plan_of(r->params, r->splitting);
-  said = r->params.dim == 64 ? run<64>(*r, plan) : run<128>(*r, plan);
+  const auto runner = r->params.element == Element::bfloat16
+                          ? (r->params.dim == 64 ? run<64, Element::bfloat16> : run<128, Element::bfloat16>)
+                          : (r->params.dim == 64 ? run<64, Element::float16> : run<128, Element::float16>);
+  said = runner(*r, plan);
   return said.c_str();
 }
 

@@ -3,7 +3,9 @@
 
 #include <string.h>
 
+#include "../../element.h"
 #include "device.h"
+#include "emulator/half.h"
 
 namespace dsa_rt::cuda::hopper {
 
@@ -29,6 +31,18 @@ inline float bf16_value(uint16_t half) {
 }
 
 inline uint32_t pack_bf16(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
+inline uint32_t pack_fp16(float low, float high) {
+  return ::emulator::half_bits(low) | (uint32_t)::emulator::half_bits(high) << 16;
+}
+
+template <Element element>
+uint32_t pack_pair(float low, float high) {
+  return element == Element::bfloat16 ? pack_bf16(low, high) : pack_fp16(low, high);
+}
+
+inline float value_of(Element element, uint16_t bits) {
+  return element == Element::bfloat16 ? bf16_value(bits) : ::emulator::half_value(bits);
+}
 
 template <class T>
 T exchange(T value, int lane_mask) {

@@ -15,7 +15,8 @@ struct TensorMap {
   int box[5];
 };
 
-inline TensorMap rows_map(const Heads& x, int64_t batch, int64_t rows, int64_t heads, int64_t dim, int box_rows) {
+inline TensorMap rows_map(const Heads& x, int64_t batch, int64_t rows, int64_t heads, int64_t dim, int box_rows,
+                          Element = Element::bfloat16) {  // bits are copied
   return {static_cast<const unsigned char*>(x.data),
           {64, rows, dim / 64, heads, batch},
           {2, 2 * x.row_stride, 128, 2 * x.head_stride, 2 * x.batch_stride},

@@ -13,19 +13,21 @@
 
 namespace dsa_rt::cuda::hopper {
 
-inline float shared_bf16(uint32_t address) {
-  uint16_t half;
-  memcpy(&half, memory + (address - ::emulated::shared_start), 2);
-  return bf16_value(half);
+inline float shared_value(Element element, uint32_t address) {
+  uint16_t bits;
+  memcpy(&bits, memory + (address - ::emulated::shared_start), 2);
+  return value_of(element, bits);
 }
 
 // A matrix in shared memory, read through a descriptor: element (i of M or N, k of 16).
 struct SharedMatrix {
+  Element element;
   uint32_t start, leading, stride;
   bool mn_major;
 
-  SharedMatrix(uint64_t descriptor, bool mn_major)
-      : start((descriptor & 0x3FFF) << 4),
+  SharedMatrix(Element element, uint64_t descriptor, bool mn_major)
+      : element(element),
+        start((descriptor & 0x3FFF) << 4),
         leading((descriptor >> 16 & 0x3FFF) << 4),
         stride((descriptor >> 32 & 0x3FFF) << 4),
         mn_major(mn_major) {
@@ -37,11 +39,12 @@ struct SharedMatrix {
   float operator()(int i, int k) const {
     const uint32_t address = mn_major ? start + i / 64 * leading + i % 64 * 2 + k / 8 * stride + k % 8 * 128
                                       : start + i / 8 * stride + i % 8 * 128 + k * 2;
-    return shared_bf16(address ^ (address >> 7 & 7) << 4);
+    return shared_value(element, address ^ (address >> 7 & 7) << 4);
   }
 };
 
 struct Product {
+  Element element;
   float* d;
   int columns;
   const uint32_t* operand;  // A in registers, or null:
@@ -85,12 +88,13 @@ struct Products {
     const Product& p = threads[32 * warp].issued[number];
     for (int i = first; i < first + 128; ++i) {
       const Product& other = threads[i].issued[number];
-      if (other.columns != p.columns || other.a != p.a || other.b != p.b || other.accumulate != p.accumulate)
+      if (other.element != p.element || other.columns != p.columns || other.a != p.a || other.b != p.b ||
+          other.accumulate != p.accumulate)
         ::emulated::block->fail_event("threads of a warpgroup issue different products");
     }
     float a[16][16];
     if (!p.operand) {
-      const SharedMatrix matrix(p.a, false);
+      const SharedMatrix matrix(p.element, p.a, false);
       for (int m = 0; m < 16; ++m)
         for (int k = 0; k < 16; ++k) a[m][k] = matrix(warp % 4 * 16 + m, k);
     } else {
@@ -98,9 +102,9 @@ struct Products {
         for (int r = 0; r < 4; ++r)
           for (int half = 0; half < 2; ++half)
             a[lane / 4 + r % 2 * 8][r / 2 * 8 + lane % 4 * 2 + half] =
-                bf16_value(threads[32 * warp + lane].issued[number].operand[r] >> 16 * half & 0xFFFF);
+                value_of(p.element, threads[32 * warp + lane].issued[number].operand[r] >> 16 * half & 0xFFFF);
     }
-    const SharedMatrix matrix(p.b, p.operand != nullptr);
+    const SharedMatrix matrix(p.element, p.b, p.operand != nullptr);
     std::vector<float> b(p.columns * 16);
     for (int n = 0; n < p.columns; ++n)
       for (int k = 0; k < 16; ++k) b[16 * n + k] = matrix(n, k);
@@ -141,14 +145,14 @@ void finish(Arrays&...) {
   ::emulated::block->wait([&products, thread, number] { return products.done[thread / 32] >= number; });
 }
 
-template <bool accumulate>
+template <Element element, bool accumulate>
 void multiply(float (&d)[64], uint64_t a, uint64_t b) {
-  ::emulated::model<Products>().issue({d, 128, nullptr, a, b, accumulate});
+  ::emulated::model<Products>().issue({element, d, 128, nullptr, a, b, accumulate});
 }
 
-template <int n>
+template <Element element, int n>
 void multiply(float (&d)[n], const uint32_t* a, uint64_t b) {
-  ::emulated::model<Products>().issue({d, 2 * n, a, 0, b, true});
+  ::emulated::model<Products>().issue({element, d, 2 * n, a, 0, b, true});
 }
 
 }  // namespace dsa_rt::cuda::hopper
