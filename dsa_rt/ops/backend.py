@@ -105,10 +105,7 @@ def _cpu_products() -> Implementation:
 def _attention() -> tuple[Implementation, ...]:
     """Measured on Zen 5 (bench.ops, one core): native is 4 to 5 times as fast as the framework's fused kernel with bf16
     dot products, 2 to 2.7 times with AVX-512, 1.2 to 1.5 with AVX2, and half as fast without either."""
-    rows = [_cpu_products()]
-    if native.build_info()["cuda"]:
-        note = "CUDA kernel for compute capability 9.0, D 64 and 128"
-        rows.append(Implementation("native", ("cuda",), (torch.bfloat16,), note, refuses=_not_for_hopper))
+    rows = [_cpu_products(), *_hopper("CUDA kernel for compute capability 9.0, D 64 and 128")]
     rows.append(Implementation("torch", note="the framework's fused kernel"))
     others = [
         Implementation(name, ("cuda",), (torch.bfloat16,), kernel.note, missing=kernel.missing, run=kernel.run,
@@ -116,6 +113,13 @@ def _attention() -> tuple[Implementation, ...]:
         for name, kernel in fused.KERNELS.items()
     ]  # fmt: skip
     return (*rows, *others)
+
+
+def _hopper(note: str) -> tuple[Implementation, ...]:
+    """Attention on compute capability 9.0, where the native module has it."""
+    if not native.build_info()["cuda"]:
+        return ()
+    return (Implementation("native", ("cuda",), (torch.bfloat16,), note, refuses=_not_for_hopper),)
 
 
 def _not_for_hopper(out: Tensor, *_: Any) -> str | None:
@@ -131,13 +135,11 @@ def _triton(op: str, **others: Any) -> Implementation:
     return Implementation("triton", ("cuda",), missing=missing, run=triton.runner(op), **others)
 
 
-def _fp8(op: str, **of_triton: Any) -> tuple[Implementation, ...]:
-    """Ops of K and V in FP8. On CUDA there is nothing that Triton would have to be measured against."""
-    return (
-        Implementation("native", ("cpu",), _FLOATS, _native_note(), cpu_only=True),
-        _triton(op, dtypes=_FLOATS, **of_triton),
-        _DEFINITION,
-    )
+def _fp8(op: str, hopper: str = "", **of_triton: Any) -> tuple[Implementation, ...]:
+    """Ops of K and V in FP8. ``hopper``: the note of the CUDA kernel for compute capability 9.0, where there is one."""
+    own = Implementation("native", ("cpu",), _FLOATS, _native_note(), cpu_only=not hopper)
+    on_cuda = _hopper(hopper) if hopper else ()
+    return (own, *on_cuda, _triton(op, dtypes=_FLOATS, **of_triton), _DEFINITION)
 
 
 def _not_in_e4m3(out: Tensor, *_: Any) -> str | None:
@@ -168,8 +170,8 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
 } | {
     "quantize_rows": _fp8("quantize_rows"),
     "active_attention_fp8": _fp8(
-        "active_attention_fp8", note="Triton kernels for compute capability 8.9 and later, D to 128",
-        refuses=_not_in_e4m3,
+        "active_attention_fp8", "CUDA kernel of E4M3 products for compute capability 9.0, D 64 and 128",
+        note="Triton kernels for compute capability 8.9 and later, D to 128", refuses=_not_in_e4m3,
     ),
 }
 # What the table of measurements may put first. Nothing on a CPU: native linear and attention keep serving there even
