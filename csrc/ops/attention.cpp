@@ -60,8 +60,8 @@ class ActiveAttention {
 #if defined(DSA_RT_CUDA)
     if (op_.device().kind == DeviceKind::cuda) {
       std::string why;
-      const auto supported = fp8_ ? cuda::attention_fp8_supported(params_, &why) : cuda::attention_supported(params_, &why);
-      if (!supported) op_.fail_unserved(why);
+      if (!(fp8_ ? cuda::attention_fp8_supported(params_, &why) : cuda::attention_supported(params_, &why)))
+        op_.fail_unserved(why);
       float* scratch = checked_scratch();
       return fp8_ ? cuda::active_attention_fp8(params_, scratch, launch.stream)
                   : cuda::active_attention(params_, scratch, launch.stream);
@@ -231,7 +231,8 @@ void bind_attention(py::module_& m) {
       [](Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor k_scale, Tensor v_scale, Tensor segments,
          Tensor scratch, int threads, std::string instruction_set, uintptr_t stream) {
         const Launch launch{threads, std::move(instruction_set), stream};
-        call<ActiveAttentionFp8>("active_attention_fp8", launch, out, lse, q, k, v, k_scale, v_scale, segments, scratch);
+        call<ActiveAttentionFp8>("active_attention_fp8", launch, out, lse, q, k, v, k_scale, v_scale, segments,
+                                 scratch);
       },
       arg("out"), arg("lse"), arg("q"), arg("k"), arg("v"), arg("k_scale"), arg("v_scale"), arg("segments") = py::none(),
       arg("scratch"), arg("threads") = 1, arg("instruction_set") = "", arg("stream") = 0);

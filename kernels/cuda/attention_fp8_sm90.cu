@@ -1,5 +1,5 @@
-// The launcher of the Hopper attention kernel for K and V in E4M3. The kernel: hopper/attention_fp8.cuh; why it is as it
-// is: docs/kernels/attention-hopper-fp8.md.
+// The launcher of the Hopper attention kernel for K and V in E4M3. The kernel: hopper/attention_fp8.cuh; why it is as
+// it is: docs/kernels/attention-hopper-fp8.md.
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -15,9 +15,10 @@ namespace {
 
 using namespace hopper;
 
+constexpr const char* op = "active_attention_fp8";
+
 template <int D>
 void launch(const ScaledAttentionParams& a, const Plan& plan, float* scratch, cudaStream_t stream) {
-  constexpr const char* op = "active_attention_fp8";
   constexpr int bytes = fp8::shared_bytes<D>;
   const fp8::Arguments p = fp8::make_arguments<D>(a, plan, scratch);
   check(op, cudaFuncSetAttribute(attention_fp8_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
@@ -44,7 +45,7 @@ int64_t attention_fp8_scratch(const ScaledAttentionParams& a) {
 
 void active_attention_fp8(const ScaledAttentionParams& a, float* scratch, uintptr_t stream) {
   std::string why;
-  if (!attention_fp8_supported(a, &why)) throw std::runtime_error("active_attention_fp8: " + why);
+  if (!attention_fp8_supported(a, &why)) throw std::runtime_error(std::string(op) + ": " + why);
   const Plan plan = scratch ? fp8::split_plan(a, multiprocessors()) : make_plan(a);
   if (!plan.works) return;
   const auto launcher = a.dim == 64 ? launch<64> : launch<128>;

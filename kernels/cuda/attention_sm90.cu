@@ -16,15 +16,18 @@ namespace {
 
 using namespace hopper;
 
+constexpr const char* op = "active_attention";
+
 template <int D>
 void launch(const AttentionParams& a, const Plan& plan, float* scratch, cudaStream_t stream) {
   const Arguments p = make_arguments<D>(a, plan, scratch);
-  check("active_attention", cudaFuncSetAttribute(attention_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<D>));
-  attention_kernel<D><<<std::min(plan.works, multiprocessors()), block_threads, shared_bytes<D>, stream>>>(p);
-  check("active_attention", cudaGetLastError());
+  constexpr int bytes = shared_bytes<D>;
+  check(op, cudaFuncSetAttribute(attention_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  attention_kernel<D><<<std::min(plan.works, multiprocessors()), block_threads, bytes, stream>>>(p);
+  check(op, cudaGetLastError());
   if (const int blocks = join_blocks<D>(plan)) {
     join_kernel<D><<<blocks, warpgroup, 0, stream>>>({plan, p.result});
-    check("active_attention", cudaGetLastError());
+    check(op, cudaGetLastError());
   }
 }
 

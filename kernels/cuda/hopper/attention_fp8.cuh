@@ -1,9 +1,9 @@
 // Attention on Hopper with K and V in E4M3: attention.cuh's blocks, tiles and results, with 8-bit products.
 //
-// Of the producer warpgroup one warp copies codes and scales of K and V, and two warps transpose V, which 8-bit products
-// need. Each consumer owns 64 of the tile's 128 query rows, rounded to E4M3, in registers: scores S = Q KT, softmax, P V
-// into fresh accumulators, from there to O in fp32. Consumers take turns: while one has its products and adds to O, the
-// other has its softmax. docs/kernels/attention-hopper-fp8.md derives it.
+// Of the producer warpgroup one warp copies codes and scales of K and V, and two warps transpose V, which 8-bit
+// products need. Each consumer owns 64 of the tile's 128 query rows, rounded to E4M3, in registers: scores S = Q KT,
+// softmax, P V into fresh accumulators, from there to O in fp32. Consumers take turns: while one has its products and
+// adds to O, the other has its softmax. docs/kernels/attention-hopper-fp8.md derives it.
 #pragma once
 
 #include <stdint.h>

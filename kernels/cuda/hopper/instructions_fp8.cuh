@@ -1,5 +1,5 @@
-// What attention on E4M3 needs beside barrier, tma, wgmma and registers.cuh: products of 8-bit codes, copies of codes and
-// of their scales, matrices of 8 x 8 words on their way between registers and shared memory, rounding.
+// What attention on E4M3 needs beside barrier, tma, wgmma and registers.cuh: products of 8-bit codes, copies of codes
+// and of their scales, matrices of 8 x 8 words on their way between registers and shared memory, rounding.
 #pragma once
 
 #include <stdint.h>
@@ -42,9 +42,9 @@ __device__ __forceinline__ void arrive_when_copied(Barrier& barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
 
-// Four 8 x 8 matrices of 16-bit words, transposed: lanes 8 m to 8 m + 7 give the addresses of matrix m's lines of 16 bytes.
-// A lane gets from each the words (2 c, r) and (2 c + 1, r), r = lane / 4, c = lane % 4, line first, as the lower and the
-// upper half.
+// Four 8 x 8 matrices of 16-bit words, transposed: lanes 8 m to 8 m + 7 give the addresses of matrix m's lines of 16
+// bytes. A lane gets from each the words (2 c, r) and (2 c + 1, r), r = lane / 4, c = lane % 4, line first, as the
+// lower and the upper half.
 __device__ __forceinline__ void load_transposed(uint32_t (&words)[4], const void* line) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])

@@ -72,8 +72,8 @@ constexpr int64_t join_cycles = 6144;  // a second launch and its latencies
 constexpr int64_t key_tile_cycles(int64_t dim) { return 16 * dim; }   // 2 * 128 * 128 * D multiply-adds, 2048 a cycle
 constexpr int64_t part_move_cycles(int64_t dim) { return 16 * dim; }  // 128 * D floats read at 32 bytes a cycle
 
-// Splits the keys of the tiles of the last, partial wave on `blocks` blocks where that is estimated to save a quarter of
-// their time or more.
+// Splits the keys of the tiles of the last, partial wave on `blocks` blocks where that is estimated to save a quarter
+// of their time or more.
 //
 // Where the whole waves' tiles differ in length nothing is split: blocks with the short ones have time for the tail.
 inline void split_where_it_pays(Plan& p, int blocks, int64_t dim, int64_t tile_cycles) {

@@ -15,7 +15,7 @@ constexpr float code_largest = 448;          // of E4M3
 constexpr float weight_largest = 256;        // what the weight 1 becomes for the tile's largest scale of values
 constexpr float least_scale = 1.17549435e-38f;  // as of quantize_rows: the smallest normal number
 
-// A row's largest finite element / 448, at least the smallest normal number; `most` is this thread's share.
+// A row's largest element / 448, at least the smallest normal number; `most` is this thread's share.
 __device__ __forceinline__ float scale_of_quad(float most) {
   most = fmaxf(most, exchange(most, 1));
   most = fmaxf(most, exchange(most, 2));
@@ -23,7 +23,8 @@ __device__ __forceinline__ float scale_of_quad(float most) {
 }
 
 // The thread's fragments of its two query rows in E4M3, and the rows' scales, as quantize_rows defines them up to the
-// rounding of 1 / scale. Rows that are no query's become zeros, without a look at memory.
+// rounding of 1 / scale and to infinity, which counts for the largest: it becomes NaN all the same (0 times infinity),
+// and a row with NaN has no other result. Rows that are no query's become zeros, without a look at memory.
 template <int D>
 __device__ __forceinline__ void load_queries(uint32_t (&codes)[D / 8], float (&scale)[2], const Heads& q,
                                              const Segment& segment, const QueryTile& tile, int first_row, int thread) {
@@ -44,10 +45,7 @@ __device__ __forceinline__ void load_queries(uint32_t (&codes)[D / 8], float (&s
       x[4 * g + 2] = low_bf16(words[g].y);
       x[4 * g + 3] = high_bf16(words[g].y);
 #pragma unroll
-      for (int n = 4 * g; n < 4 * g + 4; ++n) {
-        if (!(fabsf(x[n]) < INFINITY)) x[n] = NAN;  // infinity would become 448
-        most = fmaxf(most, fabsf(x[n]));            // NaN does not count
-      }
+      for (int n = 4 * g; n < 4 * g + 4; ++n) most = fmaxf(most, fabsf(x[n]));
     }
     scale[i] = scale_of_quad(most);
     const float factor = reciprocal(scale[i]);
@@ -81,8 +79,9 @@ struct RowSoftmax {
 
   __device__ __forceinline__ float shift(int i) const { return top[i] == -INFINITY ? 0.0f : top[i] * scale[i]; }
 
-  // Takes a tile's scores in: its weights, unrounded, go into the sums; times their values' factors, which lie by slots,
-  // and rounded to E4M3 they become the operand of a product. What was there before counts `fade` times from here on.
+  // Takes a tile's scores in: its weights, unrounded, go into the sums; times their values' factors, which lie by
+  // slots, and rounded to E4M3 they become the operand of a product. What was there before counts `fade` times from
+  // here on.
   __device__ __forceinline__ void update(const float (&scores)[tile_keys / 2], uint32_t (&codes)[tile_keys / 8],
                                          const float* factors, float (&fade)[2], int thread) {
     float shifts[2], sums[2][2] = {};
@@ -96,7 +95,7 @@ struct RowSoftmax {
       const float before = top[i];
       top[i] = now;
       shifts[i] = shift(i);
-      fade[i] = exp2_fast(fmaf(before, scale[i], -shifts[i]));
+      fade[i] = before == now ? 1 : exp2_fast(fmaf(before, scale[i], -shifts[i]));  // exactly, for consume()'s vote
     }
 #pragma unroll
     for (int g = 0; g < tile_keys / 16; ++g) {

@@ -9,8 +9,8 @@
 
 namespace dsa_rt::cuda::hopper {
 
-// TMA moves 16-byte pieces, so many elements: addresses and strides are multiples of 16 bytes, strides below 2^40 bytes. A
-// stride counts only where its dimension has a second element.
+// TMA moves 16-byte pieces, so many elements: addresses and strides are multiples of 16 bytes, strides below 2^40
+// bytes. A stride counts only where its dimension has a second element.
 inline std::string heads_refusal(const std::string& name, const Heads& x, int64_t batch, int64_t rows, int64_t heads,
                                  int piece = 8) {
   if ((uintptr_t)x.data % 16) return name + "'s address is no multiple of 16 bytes";

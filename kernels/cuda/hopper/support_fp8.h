@@ -15,7 +15,7 @@ inline std::string refusal(const ScaledAttentionParams& a) {
 }
 
 // Of a tile of 128 keys, as docs/kernels/attention-hopper-fp8.md estimates it.
-constexpr int64_t key_tile_cycles(int64_t dim) { return 1024 + 3 * dim; }
+constexpr int64_t key_tile_cycles(int64_t dim) { return 1024 + 4 * dim; }
 
 inline Plan split_plan(const AttentionParams& a, int blocks) {
   return hopper::split_plan(a, blocks, key_tile_cycles(a.dim));

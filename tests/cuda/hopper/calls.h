@@ -11,7 +11,8 @@ namespace emulated_calls {
 using namespace dsa_rt;
 using namespace dsa_rt::cuda::hopper;
 
-// How the tail is split: not at all, as the host decides for that many blocks, or from a tile on into parts of a length.
+// How the tail is split: not at all, as the host decides for that many blocks, or from a tile on into parts of a
+// length.
 struct Splitting {
   int64_t blocks, decided, whole, length;
 };

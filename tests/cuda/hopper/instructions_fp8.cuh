@@ -1,6 +1,7 @@
 // A model of kernels/cuda/hopper/instructions_fp8.cuh, from the PTX ISA.
 //
-// What store_matrices() writes stays out of sight, NaN in its place, until the thread that gave the words says publish().
+// What store_matrices() writes stays out of sight, NaN in its place, until the thread that gave the words says
+// publish().
 #pragma once
 
 #include <array>
@@ -131,9 +132,9 @@ inline void sum_codes(const Product& p, const uint32_t* const (&operands)[32], s
       for (int n = 0; n < 4; ++n)
         a[lane / 4 + r % 2 * 8][r / 2 * 16 + lane % 4 * 4 + n] = e4m3_value(operands[lane][r] >> 8 * n & 0xFF);
   const uint32_t start = (p.b & 0x3FFF) << 4, stride = (p.b >> 32 & 0x3FFF) << 4, line = p.b >> 62 == 2 ? 64 : 128;
-  if (p.b >> 62 != 1 && p.b >> 62 != 2) ::emulated::block->fail_event("a descriptor without swizzle of 64 or 128 bytes");
+  if (p.b >> 62 != 1 && p.b >> 62 != 2) ::emulated::block->fail_event("a descriptor without swizzle of 64 or 128");
   if (p.b >> 49 & 7) ::emulated::block->fail_event("a descriptor with a base offset");
-  if (start & (line == 128 ? 0x380 : 0x180)) ::emulated::block->fail_event("a matrix that starts inside a swizzle atom");
+  if (start & (line == 128 ? 0x380 : 0x180)) ::emulated::block->fail_event("a matrix inside a swizzle atom");
   for (int n = 0; n < p.columns; ++n)
     for (int k = 0; k < 32; ++k) {
       const uint32_t address = start + n / 8 * stride + n % 8 * line + k;
