@@ -66,6 +66,8 @@ def check(op: str, sizes: Sizes, device: torch.device, backends: Sequence[str]) 
             size = right.float().abs() + right.float().square().mean().sqrt() + 1e-30
             error = (value.float() - right.float()).abs() / size
             allowed = 3e-2 if value.dtype == torch.bfloat16 else 1e-3
+            if op == "active_attention_fp8" and name == "native" and device.type == "cuda":
+                allowed = 0.3  # queries and weights in E4M3 too: a root mean square of 0.04, and many values
             if not bool((error <= allowed).all()):
                 return f"{name} differs from the definition by {float(error.nan_to_num(float('inf')).max()):.3g}"
     return ""
@@ -180,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         calls = [
             (op, count, total)
             for op in options.ops
-            for count in ((*few, *active) if op == "active_attention" else active)
+            for count in ((*few, *active) if op.startswith("active_attention") else active)
             for total in cached
         ]
         for op, count, total in tqdm(calls, disable=None):
