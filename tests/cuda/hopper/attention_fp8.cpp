@@ -37,6 +37,9 @@ const char* fp8_run(const Request<ScaledAttentionParams>* r) {
   return said.c_str();
 }
 
+// From now on; 0: as fp32 has them.
+void fp8_sum_bits(int bits) { sum_bits = bits; }
+
 // How many floats of scratch the plan takes.
 int64_t fp8_scratch_of(const ScaledAttentionParams* p, const Splitting* s) {
   return scratch_floats(fp8_plan_of(*p, *s), p->dim);

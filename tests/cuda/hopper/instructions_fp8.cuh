@@ -124,13 +124,27 @@ inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t which) {
   return picked;
 }
 
+// How many bits of 8-bit products' sums are kept, or 0: as fp32.
+inline int sum_bits = 0;
+
+// acc and 32 products, cut to multiples of what is `bits` places below the largest.
+inline float narrow_sum(float acc, const float* a, const float* b, int bits) {
+  float most = std::fabs(acc);
+  for (int k = 0; k < 32; ++k) most = std::max(most, std::fabs(a[k] * b[k]));
+  if (!(most > 0 && most < INFINITY)) return acc + (most > 0 ? most : 0);
+  const double unit = std::ldexp(1.0, std::ilogb(most) + 1 - bits);
+  double sum = std::trunc(acc / unit);
+  for (int k = 0; k < 32; ++k) sum += std::trunc(a[k] * b[k] / unit);
+  return (float)(sum * unit);
+}
+
 // An m64nNk32 product of codes. B: lines of 64 or 128 bytes in swizzle of as many, eight of them one stride apart.
-inline void sum_codes(const Product& p, const uint32_t* const (&operands)[32], std::vector<float>& sums) {
-  float a[16][32];
+inline std::function<float(int, int, float)> add_codes(const Product& p, const uint32_t* const (&operands)[32]) {
+  std::vector<float> a(16 * 32), b(p.columns * 32);
   for (int lane = 0; lane < 32; ++lane)
     for (int r = 0; r < 4; ++r)
       for (int n = 0; n < 4; ++n)
-        a[lane / 4 + r % 2 * 8][r / 2 * 16 + lane % 4 * 4 + n] = e4m3_value(operands[lane][r] >> 8 * n & 0xFF);
+        a[(lane / 4 + r % 2 * 8) * 32 + r / 2 * 16 + lane % 4 * 4 + n] = e4m3_value(operands[lane][r] >> 8 * n & 0xFF);
   const uint32_t start = (p.b & 0x3FFF) << 4, stride = (p.b >> 32 & 0x3FFF) << 4, line = p.b >> 62 == 2 ? 64 : 128;
   if (p.b >> 62 != 1 && p.b >> 62 != 2) ::emulated::block->fail_event("a descriptor without swizzle of 64 or 128");
   if (p.b >> 49 & 7) ::emulated::block->fail_event("a descriptor with a base offset");
@@ -139,14 +153,18 @@ inline void sum_codes(const Product& p, const uint32_t* const (&operands)[32], s
     for (int k = 0; k < 32; ++k) {
       const uint32_t address = start + n / 8 * stride + n % 8 * line + k;
       const uint32_t place = address ^ (address >> 7 & (line == 128 ? 7 : 3)) << 4;
-      const float b = e4m3_value(memory[place - ::emulated::shared_start]);
-      for (int m = 0; m < 16; ++m) sums[m * p.columns + n] += a[m][k] * b;
+      b[32 * n + k] = e4m3_value(memory[place - ::emulated::shared_start]);
     }
+  return [a = std::move(a), b = std::move(b)](int m, int n, float sum) {
+    if (sum_bits) return narrow_sum(sum, &a[32 * m], &b[32 * n], sum_bits);
+    for (int k = 0; k < 32; ++k) sum += a[32 * m + k] * b[32 * n + k];
+    return sum;
+  };
 }
 
 template <bool accumulate, int n>
 void multiply_codes(float (&d)[n], const uint32_t* a, uint64_t b) {
-  ::emulated::model<Products>().issue({d, 2 * n, a, 0, b, accumulate, sum_codes});
+  ::emulated::model<Products>().issue({d, 2 * n, a, 0, b, accumulate, add_codes});
 }
 
 }  // namespace dsa_rt::cuda::hopper

@@ -47,8 +47,8 @@ struct Product {
   const uint32_t* operand;  // A in registers, or null:
   uint64_t a, b;
   bool accumulate;
-  // Sums the quarter of a warp with operands other than bf16: words of A by lane, `sums` [16][columns].
-  void (*sum)(const Product&, const uint32_t* const (&operands)[32], std::vector<float>& sums) = nullptr;
+  // Of operands other than bf16, words of A by lane: (row, column, what is there) -> what will be, for a warp's quarter.
+  std::function<float(int, int, float)> (*adds)(const Product&, const uint32_t* const (&operands)[32]) = nullptr;
 };
 
 struct InFlight {
@@ -90,7 +90,7 @@ struct Products {
       if (other.columns != p.columns || other.a != p.a || other.b != p.b || other.accumulate != p.accumulate)
         ::emulated::block->fail_event("threads of a warpgroup issue different products");
     }
-    if (p.sum) return run_other(p, warp, number);
+    if (p.adds) return run_other(p, warp, number);
     float a[16][16];
     if (!p.operand) {
       const SharedMatrix matrix(p.a, false);
@@ -134,9 +134,7 @@ struct Products {
   bool run_other(const Product& p, int warp, size_t number) {
     const uint32_t* operands[32];
     for (int lane = 0; lane < 32; ++lane) operands[lane] = threads[32 * warp + lane].issued[number].operand;
-    std::vector<float> sums(16 * p.columns);
-    p.sum(p, operands, sums);
-    return end(warp, number, [&](int m, int n, float sum) { return sum + sums[m * p.columns + n]; });
+    return end(warp, number, p.adds(p, operands));
   }
 };
 
