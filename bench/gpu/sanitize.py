@@ -20,6 +20,7 @@ from dsa_rt.errors import OptionError
 from dsa_rt.ops import attention, norm
 from dsa_rt.ops import rows as rows_into
 from dsa_rt.ops.backend import native
+from dsa_rt.reference import layers as reference
 
 # Rows of 16-byte pieces in a warp, the same in a block, in fp16, and what has no alignment at all; two batches; more
 # tokens than channels, so that pooling takes rounds.
@@ -46,6 +47,9 @@ def more_calls(sizes: Sizes, device: torch.device) -> list[tuple[str, Callable[[
     out, lse = torch.empty_like(q), torch.empty(sizes.batch, sizes.heads, sizes.active, device=device)
     far_k, far_v = (rows(sizes.batch, ROWS_TO_SPLIT, sizes.heads, sizes.dim) for _ in range(2))
     far_segments = torch.tensor([[first, 0, ROWS_TO_SPLIT, 0, 0], [sizes.active - first, 7, 2000, 2300, 5000]])
+    near_fp8, far_fp8 = in_fp8(k, v), in_fp8(far_k, far_v)
+    on_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    kernel_for_hopper = on_hopper and sizes.dim in (64, 128)
     x, y = (rows(sizes.batch, sizes.active, sizes.width) for _ in range(2))
     shift, scale = (torch.randn(1, 1, sizes.width, device=device) for _ in range(2))
     normed = torch.empty_like(x)
@@ -57,11 +61,21 @@ def more_calls(sizes: Sizes, device: torch.device) -> list[tuple[str, Callable[[
         finite("active_attention", out, lse)
 
     def attend_far(name: str) -> None:
-        on_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-        if name == "native" and on_hopper and sizes.dim in (64, 128):
+        if name == "native" and kernel_for_hopper:
             assert native.active_attention_scratch(out, lse, q, far_k, far_v, far_segments), "nothing is split"
         attention.active_attention(out, q, far_k, far_v, lse, far_segments, backend=name)
         finite("active_attention", out, lse)
+
+    def attend_fp8(name: str) -> None:
+        attention.active_attention_fp8(out, q, *near_fp8, lse, segments, backend=name)
+        finite("active_attention_fp8", out, lse)
+
+    def attend_far_fp8(name: str) -> None:
+        if name == "native" and kernel_for_hopper:
+            arguments = (out, lse, q, *far_fp8, far_segments)
+            assert native.active_attention_fp8_scratch(*arguments), "nothing is split"
+        attention.active_attention_fp8(out, q, *far_fp8, lse, far_segments, backend=name)
+        finite("active_attention_fp8", out, lse)
 
     def add(name: str) -> None:
         norm.residual_norm_modulate(x, normed, x, y, None, shift, scale, None, 1e-6, backend=name)
@@ -72,9 +86,15 @@ def more_calls(sizes: Sizes, device: torch.device) -> list[tuple[str, Callable[[
         finite("quantize_rows", codes, scales)
 
     return [
-        ("active_attention", attend), ("active_attention", attend_far), ("residual_norm_modulate", add),
-        ("quantize_rows", quantize),
+        ("active_attention", attend), ("active_attention", attend_far), ("active_attention_fp8", attend_fp8),
+        ("active_attention_fp8", attend_far_fp8), ("residual_norm_modulate", add), ("quantize_rows", quantize),
     ]  # fmt: skip
+
+
+def in_fp8(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """k, v, k_scale, v_scale."""
+    (k, k_scale), (v, v_scale) = (reference.quantize_rows(x) for x in (k, v))
+    return k, v, k_scale, v_scale
 
 
 def checked(op: str, inputs: Inputs) -> Callable[[str], None]:
@@ -121,14 +141,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _excused(device: torch.device) -> set[tuple[str, str]]:
-    """What a card has no kernel for: attention in FP8 is Triton's, from compute capability 8.9 on, and the native
-    attention kernel is for 9.0 alone."""
+    """What a card has no kernel for: E4M3 in Triton from compute capability 8.9 on, the native attention kernels for
+    9.0 alone."""
     if device.type != "cuda":
         return set()
-    excused = {("native", "active_attention_fp8")}
+    excused: set[tuple[str, str]] = set()
     capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
-        excused.add(("native", "active_attention"))
+        excused |= {("native", "active_attention"), ("native", "active_attention_fp8")}
     if capability < (8, 9):
         excused.add(("triton", "active_attention_fp8"))
     return excused

@@ -41,7 +41,7 @@ const cpu::AttentionKernel& cpu_kernel(const std::string& instruction_set, Eleme
 }
 
 Heads heads_of(const TensorView& view) { return {view.data, view.stride[0], view.stride[1], view.stride[2]}; }
-cpu::Scales scales_of(const TensorView& view) { return {view.as<float>(), view.stride[0], view.stride[1]}; }
+Scales scales_of(const TensorView& view) { return {view.as<float>(), view.stride[0], view.stride[1]}; }
 
 constexpr int64_t tile_work = 1 << 22;  // multiply-adds below which a tile alone is not worth a thread's attention
 
@@ -62,9 +62,12 @@ class ActiveAttention {
     if (op_.device().kind == DeviceKind::cpu) return run_cpu(launch);
 #if defined(DSA_RT_CUDA)
     if (op_.device().kind == DeviceKind::cuda) {
-      std::string why = "K and V in FP8 have kernels for device 'cpu' alone";
-      if (fp8_ || !cuda::attention_supported(params_, &why)) op_.fail_unserved(why);
-      return cuda::active_attention(params_, checked_scratch(), launch.stream);
+      std::string why;
+      if (!(fp8_ ? cuda::attention_fp8_supported(params_, &why) : cuda::attention_supported(params_, &why)))
+        op_.fail_unserved(why);
+      float* scratch = checked_scratch();
+      return fp8_ ? cuda::active_attention_fp8(params_, scratch, launch.stream)
+                  : cuda::active_attention(params_, scratch, launch.stream);
     }
 #endif
     no_kernel(op_);
@@ -73,7 +76,8 @@ class ActiveAttention {
   // How many fp32 numbers of scratch let the kernel split keys; 0 where it does not.
   int64_t scratch_floats() const {
 #if defined(DSA_RT_CUDA)
-    if (op_.device().kind == DeviceKind::cuda) return cuda::attention_scratch(params_);
+    if (op_.device().kind == DeviceKind::cuda)
+      return fp8_ ? cuda::attention_fp8_scratch(params_) : cuda::attention_scratch(params_);
 #endif
     return 0;
   }
@@ -128,7 +132,8 @@ class ActiveAttention {
     if (!scratch_) return nullptr;
     if (const int64_t least = scratch_floats(); scratch_->shape[0] < least)
       op_.fail("scratch holds " + std::to_string(scratch_->shape[0]) + " numbers, expected at least " +
-               std::to_string(least) + ", as active_attention_scratch says");
+               std::to_string(least) + ", as " + (fp8_ ? "active_attention_fp8_scratch" : "active_attention_scratch") +
+               " says");
     if (reinterpret_cast<uintptr_t>(scratch_->data) % 16)
       op_.fail("scratch begins at an address that is no multiple of 16 bytes; pass the tensor as it was allocated");
     return scratch_->as<float>();
@@ -187,15 +192,15 @@ class ActiveAttention {
   const bool fp8_;
   const TensorView *segments_view_ = nullptr, *scratch_ = nullptr;
   std::vector<AttentionSegment> segments_;
-  cpu::ScaledAttentionParams params_{};
+  ScaledAttentionParams params_{};
 };
 
 class ActiveAttentionFp8 : public ActiveAttention {
  public:
   ActiveAttentionFp8(py::handle out, py::handle lse, py::handle q, py::handle k, py::handle v, py::handle k_scale,
-                     py::handle v_scale, py::handle segments)
+                     py::handle v_scale, py::handle segments, py::handle scratch = py::none())
       : ActiveAttention("active_attention_fp8") {
-    check(out, lse, q, k, v, k_scale, v_scale, segments, py::none());
+    check(out, lse, q, k, v, k_scale, v_scale, segments, scratch);
   }
 };
 
@@ -224,6 +229,22 @@ void bind_attention(py::module_& m) {
   bind<ActiveAttentionFp8, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
       m, "active_attention_fp8", arg("out"), arg("lse"), arg("q"), arg("k"), arg("v"), arg("k_scale"), arg("v_scale"),
       arg("segments") = py::none());
+  m.def(
+      "active_attention_fp8",
+      [](Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor k_scale, Tensor v_scale, Tensor segments,
+         Tensor scratch, int threads, std::string instruction_set, uintptr_t stream) {
+        const Launch launch{threads, std::move(instruction_set), stream};
+        call<ActiveAttentionFp8>("active_attention_fp8", launch, out, lse, q, k, v, k_scale, v_scale, segments,
+                                 scratch);
+      },
+      arg("out"), arg("lse"), arg("q"), arg("k"), arg("v"), arg("k_scale"), arg("v_scale"), arg("segments") = py::none(),
+      arg("scratch"), arg("threads") = 1, arg("instruction_set") = "", arg("stream") = 0);
+  m.def(
+      "active_attention_fp8_scratch",
+      [](Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor k_scale, Tensor v_scale, Tensor segments) {
+        return ActiveAttentionFp8(out, lse, q, k, v, k_scale, v_scale, segments).scratch_floats();
+      },
+      arg("out"), arg("lse"), arg("q"), arg("k"), arg("v"), arg("k_scale"), arg("v_scale"), arg("segments") = py::none());
 }
 
 }  // namespace dsa_rt

@@ -17,7 +17,8 @@ register(
 )
 register(
     "active_attention_fp8(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k, Tensor v, Tensor k_scale, "
-    "Tensor v_scale, Tensor? segments=None) -> ()"
+    "Tensor v_scale, Tensor? segments=None) -> ()",
+    native.active_attention_fp8_scratch,
 )
 
 
@@ -67,9 +68,12 @@ def active_attention_fp8(
     """:func:`active_attention` with k and v [B, N, H, D] in ``float8_e4m3fn``, as
     :func:`dsa_rt.ops.rows.quantize_rows` writes them, and their scales k_scale, v_scale [B, N, H] fp32, finite or NaN.
 
-    ``softmax(q (k·k_scale)ᵀ / √D) (v·v_scale)``; out, q, lse and segments as there, q and out fp32, bf16 or fp16. E4M3
-    is exact in bf16, and scales meet scores and weights in fp32: in bf16, with its dot products, a weight times its
-    value's scale is rounded to bf16, and nothing else is. What is said there of bits, and the errors, hold here too.
+    ``softmax(q (k·k_scale)ᵀ / √D) (v·v_scale)``; out, q, lse and segments as there, q and out fp32, bf16 or fp16.
+    What is rounded: scales meet scores and weights in fp32, and E4M3 is exact in 16 bits, so on the CPU and in Triton
+    nothing but a weight times its value's scale, to the type of 16-bit products where those are used. Natively on CUDA,
+    where the products are of E4M3, each row and head of q too, as quantize_rows does it (so infinity becomes NaN), and
+    that weight to E4M3: an error beside the result about as large as the one of K and V in E4M3. What is said there of
+    bits and of scratch, and the errors, hold here too.
     """
     if served("active_attention_fp8", backend, out, (out, lse, q, k, v, k_scale, v_scale), segments):
         return

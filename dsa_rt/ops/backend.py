@@ -11,7 +11,7 @@ by name: it is used, or refused with the reason.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,6 +86,7 @@ def _native_note() -> str:
 
 
 _HALVES = (torch.bfloat16, torch.float16)
+_NO_HALF = (torch.float32, torch.bfloat16)
 _NATIVE_DEVICES = ("cpu", "cuda") if native.build_info()["cuda"] else ("cpu",)
 _DEFINITION = Implementation("torch", note="the definition in dsa_rt.reference")
 _FLOAT_ROWS = (Implementation("native", _NATIVE_DEVICES, _FLOATS, _native_note()), _DEFINITION)
@@ -106,10 +107,7 @@ def _cpu_products() -> Implementation:
 def _attention() -> tuple[Implementation, ...]:
     """Measured on Zen 5 (bench.ops, one core): native is 4 to 5 times as fast as the framework's fused kernel with bf16
     dot products, 2 to 2.7 times with AVX-512, 1.2 to 1.5 with AVX2, and half as fast without either."""
-    rows = [_cpu_products()]
-    if native.build_info()["cuda"]:
-        note = "CUDA kernel for compute capability 9.0, D 64 and 128"
-        rows.append(Implementation("native", ("cuda",), _HALVES, note, refuses=_not_for_hopper))
+    rows = [_cpu_products(), *_hopper("CUDA kernel for compute capability 9.0, D 64 and 128", _HALVES)]
     rows.append(Implementation("torch", note="the framework's fused kernel"))
     others = [
         Implementation(name, ("cuda",), _HALVES, kernel.note, missing=kernel.missing, run=kernel.run,
@@ -117,6 +115,13 @@ def _attention() -> tuple[Implementation, ...]:
         for name, kernel in fused.KERNELS.items()
     ]  # fmt: skip
     return (*rows, *others)
+
+
+def _hopper(note: str, dtypes: tuple[torch.dtype, ...]) -> tuple[Implementation, ...]:
+    """Attention on compute capability 9.0, where the native module has it."""
+    if not native.build_info()["cuda"]:
+        return ()
+    return (Implementation("native", ("cuda",), dtypes, note, refuses=_not_for_hopper),)
 
 
 def _not_for_hopper(out: Tensor, *_: Any) -> str | None:
@@ -132,11 +137,14 @@ def _triton(op: str, **others: Any) -> Implementation:
     return Implementation("triton", ("cuda",), missing=missing, run=triton.runner(op), **others)
 
 
-def _fp8(op: str, **of_triton: Any) -> tuple[Implementation, ...]:
-    """Ops of K and V in FP8. On CUDA there is nothing that Triton would have to be measured against."""
+def _fp8_attention() -> tuple[Implementation, ...]:
+    """With K and V in FP8. Triton's weights are rounded with their values' scales, which fp16 might not hold."""
+    on_hopper = "CUDA kernel of E4M3 products for compute capability 9.0, D 64 and 128"
+    with_triton = "Triton kernels for compute capability 8.9 and later, D to 128"
     return (
-        Implementation("native", ("cpu",), _FLOATS, _native_note(), cpu_only=True),
-        _triton(op, dtypes=(torch.float32, torch.bfloat16), **of_triton),
+        Implementation("native", ("cpu",), _FLOATS, _native_note()),
+        *_hopper(on_hopper, (torch.bfloat16,)),
+        _triton("active_attention_fp8", dtypes=_NO_HALF, note=with_triton, refuses=_not_in_e4m3),
         _DEFINITION,
     )
 
@@ -161,17 +169,14 @@ _BEFORE_TRITON = {
     "gather_rows": _ANY_ROWS,
     "scatter_rows": _ANY_ROWS,
     "confidence_pool": _FLOAT_ROWS,
-    "linear": (_cpu_products(), _DEFINITION),
+    "linear": (replace(_cpu_products(), cpu_only=True), _DEFINITION),
 }
 # Best first. What follows torch serves where it is asked for, or where a measurement puts it first.
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     op: (*rows, _triton(op)) if op in triton.FAMILIES else rows for op, rows in _BEFORE_TRITON.items()
 } | {
-    "quantize_rows": (_FLOAT_ROWS[0], _triton("quantize_rows", dtypes=(torch.float32, torch.bfloat16)), _DEFINITION),
-    "active_attention_fp8": _fp8(
-        "active_attention_fp8", note="Triton kernels for compute capability 8.9 and later, D to 128",
-        refuses=_not_in_e4m3,
-    ),
+    "quantize_rows": (_FLOAT_ROWS[0], _triton("quantize_rows", dtypes=_NO_HALF), _DEFINITION),
+    "active_attention_fp8": _fp8_attention(),
 }
 # What the table of measurements may put first. Nothing on a CPU: native linear and attention keep serving there even
 # where the framework is a few percent faster, since the bits of their rows do not depend on how many rows there are,

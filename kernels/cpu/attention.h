@@ -22,17 +22,6 @@ static inline int64_t attention_tiles(const AttentionParams& p) {
   return tiles;
 }
 
-// fp32 numbers [B, N, H], one for each row and head of K or V; heads lie side by side.
-struct Scales {
-  const float* data = nullptr;
-  int64_t batch_stride = 0, row_stride = 0;
-};
-
-// Of K and V in E4M3: an element counts as often as the scale of its row and head says. Unused in other types.
-struct ScaledAttentionParams : AttentionParams {
-  Scales k_scale, v_scale;
-};
-
 struct AttentionKernel {
   // Bytes that run() needs for a head dimension, whatever the other sizes; 64-byte alignment.
   size_t (*scratch_bytes)(int64_t dim);

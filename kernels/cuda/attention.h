@@ -23,4 +23,9 @@ int64_t attention_scratch(const AttentionParams&);
 // launch. Segments are copied.
 void active_attention(const AttentionParams&, float* scratch, uintptr_t stream);
 
+// The same with K and V in E4M3 and bf16 queries.
+bool attention_fp8_supported(const ScaledAttentionParams&, std::string* why);
+int64_t attention_fp8_scratch(const ScaledAttentionParams&);
+void active_attention_fp8(const ScaledAttentionParams&, float* scratch, uintptr_t stream);
+
 }  // namespace dsa_rt::cuda

@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "hopper/attention.cuh"
+#include "hopper/launch.h"
 #include "hopper/support.h"
 
 namespace dsa_rt::cuda {
@@ -15,31 +16,18 @@ namespace {
 
 using namespace hopper;
 
-int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) {
-    (void)cudaGetLastError();
-    return 0;
-  }
-  return value;
-}
-
-void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("active_attention: ") + cudaGetErrorString(error));
-}
-
-int multiprocessors() { return std::max(1, device_attribute(cudaDevAttrMultiProcessorCount)); }
+constexpr const char* op = "active_attention";
 
 template <int D, Element element>
 void launch(const AttentionParams& a, const Plan& plan, float* scratch, cudaStream_t stream) {
   const Arguments p = make_arguments<D, element>(a, plan, scratch);
   const auto kernel = attention_kernel<D, element>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<D>));
+  check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<D>));
   kernel<<<std::min(plan.works, multiprocessors()), block_threads, shared_bytes<D>, stream>>>(p);
-  check(cudaGetLastError());
+  check(op, cudaGetLastError());
   if (const int blocks = join_blocks<D>(plan)) {
     join_kernel<D, element><<<blocks, warpgroup, 0, stream>>>({plan, p.result});
-    check(cudaGetLastError());
+    check(op, cudaGetLastError());
   }
 }
 
@@ -48,12 +36,8 @@ void launch(const AttentionParams& a, const Plan& plan, float* scratch, cudaStre
 bool attention_supported(const AttentionParams& a, std::string* why) {
   *why = hopper_refusal(a);
   if (!why->empty()) return false;
-  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
-  const int minor = device_attribute(cudaDevAttrComputeCapabilityMinor);
-  if (major == 9 && minor == 0) return true;
-  *why = "the device has compute capability " + std::to_string(major) + "." + std::to_string(minor) +
-         ", the kernel is for 9.0";
-  return false;
+  *why = device_refusal();
+  return why->empty();
 }
 
 int64_t attention_scratch(const AttentionParams& a) {

@@ -126,9 +126,9 @@ def test_every_op_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     done = run("bench.gpu.sanitize", "--device", "cpu", "--backends", "native", "torch")
     assert done.returncode == 0, done.stdout + done.stderr
     in_fp16 = [op for op, case in OPS.items() if not case.wide]
-    in_fp16 += ["active_attention", "active_attention", "residual_norm_modulate", "quantize_rows"]
-    unserved = [op for op in in_fp16 if IMPLEMENTATIONS[op][0].refusal("cpu", torch.float16)]
-    count = 4 * (len(OPS) + 4) * 2 - len(unserved)  # sizes, calls, backends; what native does not take in fp16
+    more = ["active_attention", "active_attention_fp8"] * 2 + ["residual_norm_modulate", "quantize_rows"]
+    unserved = [op for op in in_fp16 + more if IMPLEMENTATIONS[op][0].refusal("cpu", torch.float16)]
+    count = 4 * (len(OPS) + len(more)) * 2 - len(unserved)  # sizes, calls, backends; what native does not take in fp16
     assert done.stdout.splitlines()[-1] == f"sanitize: {count} calls ran"
 
 

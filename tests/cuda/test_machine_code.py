@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,7 @@ SOURCES = {
     ),
     "confidence_pool": Source(EVERYWHERE, {"": 128}),  # 2 blocks of 256
     "quantize": Source(EVERYWHERE, {"": 64}),  # 4 blocks of 256
+    "attention_fp8_sm90": Source(("90a",), {"join_kernel": 64, "": 168}),
 }
 ELSEWHERE = {"attention_sm90"}  # test_attention_layouts.py
 
@@ -125,6 +127,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
             capture_output=True, text=True, cwd=folder,
         )  # fmt: skip
         assert compiled.returncode == 0, compiled.stderr
+        assert "C75" not in compiled.stdout + compiled.stderr  # a product made to wait, registers not reassigned
         these = list(parse_report(name, compiled.stdout + compiled.stderr))
         assert {kernel.architecture for kernel in these} == set(source.architectures)
         made += these
@@ -184,3 +187,21 @@ def test_rows_move_in_16_bytes(kernels: list[Kernel]) -> None:
     assert len(moves) == len(EVERYWHERE)
     for kernel in moves:
         assert {i[:9] for i in kernel.instructions if i.startswith("STG")} == {"STG.E.128"}
+
+
+@needs_cuobjdump
+def test_attention_in_fp8_multiplies_codes(kernels: list[Kernel]) -> None:
+    """8-bit products with their operands where they should be, copies that pass registers by, V through matrices of 8 x
+    8 and one byte permutation for each word; no conversion of codes."""
+    found = {k.name: k for k in kernels if "attention_fp8_kernel" in k.name}
+    assert len(found) == 2
+    for name, kernel in found.items():
+        dim = 64 if "ILi64E" in name else 128
+        count = Counter(i.partition(".")[0] for i in kernel.instructions)
+        # S before and in the loop, P V; a transposing warp has half of 32 keys x 16 channels at a time
+        assert count["QGMMA"] == 2 * dim // 32 + 4 and count["HGMMA"] == count["HMMA"] == 0
+        assert count["LDSM"] == count["STSM"] == dim // 8 and count["PRMT"] == 4 * dim // 8
+        assert count["LDGSTS"] == 2 * 4 and count["UTMALDG"] == count["USETMAXREG"] == 2 and count["CALL"] == 0
+        assert sum(i.startswith("F2FP.SATFINITE.E4M3") for i in kernel.instructions) == 2 * (16 + dim // 8)
+        assert sum(i == "MUFU.EX2" for i in kernel.instructions) == 64 + 2
+        assert not [i for i in kernel.instructions if "F16.E4M3" in i]

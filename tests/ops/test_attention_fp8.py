@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dsa_rt import _native
-from dsa_rt.errors import OptionError
+from dsa_rt.errors import OptionError, ShapeError
 from dsa_rt.ops import attention
 from dsa_rt.reference import layers as reference
 
@@ -269,6 +269,17 @@ def test_nothing_to_do() -> None:
             k = torch.zeros(batch, 4, heads, 8).to(E4M3)
             scale = torch.ones(batch, 4, heads)
             assert run(kernel, torch.empty(batch, active, heads, 8), k, k, scale, scale)[0].numel() == 0
+
+
+def test_scratch_is_for_cuda() -> None:
+    a = good()
+    del a["segments"]
+    lse, out = a.pop("lse"), a.pop("out")
+    assert _native.active_attention_fp8_scratch(out, lse, **a) == 0
+    with pytest.raises(ShapeError, match="scratch is a tensor, expected None"):
+        _native.active_attention_fp8(out, lse, **a, scratch=torch.empty(64))
+    with pytest.raises(ShapeError, match="scratch has dtype"):
+        _native.active_attention_fp8(out, lse, **a, scratch=torch.empty(64).half())
 
 
 @dtypes

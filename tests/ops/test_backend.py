@@ -302,19 +302,14 @@ def test_triton_serves_only_where_asked_for_and_only_cuda() -> None:
 
 @pytest.mark.parametrize("op", FP8)
 def test_fp8_on_cuda_is_triton_where_it_can_be(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention has no native kernel in any build, rows have none without nvcc; without Triton or E4M3, and in fp16, it
-    is the definition."""
-    native, others = IMPLEMENTATIONS[op][0], IMPLEMENTATIONS[op][1:]
+    """As built without nvcc; without Triton or E4M3, and in fp16, it is the definition."""
+    native, *others = (i for i in IMPLEMENTATIONS[op] if i.backend != "native" or "cpu" in i.devices)
     assert native.backend == "native"
-    native = dataclasses.replace(native, devices=("cpu",))  # as built without nvcc
+    native = dataclasses.replace(native, devices=("cpu",))
     monkeypatch.setitem(IMPLEMENTATIONS, op, (native, *others))
-    reasons = ["native has no kernel for device 'cuda'"] * 2
-    if op == "quantize_rows":
-        reasons = ["was built without CUDA kernels"]
-    for built, why in zip(("", "90a"), reasons, strict=False):
-        monkeypatch.setattr(backend.native, "build_info", lambda built=built: {"cuda": built})
-        with pytest.raises(OptionError, match=f"'native' was asked for, but .*{why}"):
-            choose(op, "cuda", torch.bfloat16, "native")
+    monkeypatch.setattr(backend.native, "build_info", lambda: {"cuda": ""})
+    with pytest.raises(OptionError, match="'native' was asked for, but .*was built without CUDA kernels"):
+        choose(op, "cuda", torch.bfloat16, "native")
     monkeypatch.undo()
     installed = [dataclasses.replace(i, missing="") if i.backend == "triton" else i for i in others]
     monkeypatch.setitem(IMPLEMENTATIONS, op, (native, *installed))
@@ -333,6 +328,23 @@ def test_rows_into_fp8_are_native_where_that_was_compiled(monkeypatch: pytest.Mo
     monkeypatch.setitem(IMPLEMENTATIONS, "quantize_rows", row)
     assert choose("quantize_rows", "cuda", torch.bfloat16) == "native"
     assert choose("quantize_rows", "cuda", torch.bfloat16, "triton") == "triton"
+
+
+@pytest.mark.parametrize("op", ["active_attention", "active_attention_fp8"])
+def test_what_the_hopper_kernels_serve(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the module has them they come first, for bf16; other cards and head dimensions are left to the next."""
+    monkeypatch.setattr(backend.native, "build_info", lambda: {"cuda": "90a"})
+    (found,) = backend._hopper("of Hopper", (torch.bfloat16,))
+    cpu, *others = (i for i in IMPLEMENTATIONS[op] if i.backend != "native" or "cpu" in i.devices)
+    monkeypatch.setitem(IMPLEMENTATIONS, op, (cpu, found, *others))
+    assert choose(op, "cuda", torch.bfloat16) == choose(op, "cuda", torch.bfloat16, "native") == "native"
+    assert found.refusal("cuda", torch.float32) is not None and found.refuses is not None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert found.refuses(torch.empty(1, 2, 3, 128), None) is None
+    assert "80, expected 64 or 128" in str(found.refuses(torch.empty(1, 2, 3, 80), None))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    assert "a card is no device" in str(found.refuses(torch.empty(1, 2, 3, 128), None))
 
 
 @pytest.mark.parametrize(

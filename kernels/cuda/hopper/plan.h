@@ -72,11 +72,11 @@ constexpr int64_t join_cycles = 6144;  // a second launch and its latencies
 constexpr int64_t key_tile_cycles(int64_t dim) { return 16 * dim; }   // 2 * 128 * 128 * D multiply-adds, 2048 a cycle
 constexpr int64_t part_move_cycles(int64_t dim) { return 16 * dim; }  // 128 * D floats read at 32 bytes a cycle
 
-// Splits the keys of the tiles of the last, partial wave on `blocks` blocks where that is estimated to save a quarter of
-// their time or more.
+// Splits the keys of the tiles of the last, partial wave on `blocks` blocks where that is estimated to save a quarter
+// of their time or more.
 //
 // Where the whole waves' tiles differ in length nothing is split: blocks with the short ones have time for the tail.
-inline void split_where_it_pays(Plan& p, int blocks, int64_t dim) {
+inline void split_where_it_pays(Plan& p, int blocks, int64_t dim, int64_t tile_cycles) {
   const int whole = p.tiles / blocks * blocks;
   if (whole == p.tiles) return;
   const auto segment_of = [&](int tile) {
@@ -95,14 +95,13 @@ inline void split_where_it_pays(Plan& p, int blocks, int64_t dim) {
     return count;
   };
   int length = 0;
-  int64_t allowed = (longest * key_tile_cycles(dim) + work_cycles) / 4 * 3;
+  int64_t allowed = (longest * tile_cycles + work_cycles) / 4 * 3;
   for (int64_t rounds = 1; rounds <= part_rounds; ++rounds) {
     int parts = (int)std::min<int64_t>(longest / part_least, rounds * blocks / tail_of(tail, first).count);
     while (parts > 1 && works(parts) > rounds * blocks) --parts;
     if (parts < 2) continue;
     const int keys = tiles_of(longest, parts);
-    const int64_t cycles =
-        rounds * (keys * key_tile_cycles(dim) + work_cycles + part_move_cycles(dim)) + join_cycles;
+    const int64_t cycles = rounds * (keys * tile_cycles + work_cycles + part_move_cycles(dim)) + join_cycles;
     if (cycles > allowed) continue;
     length = keys;
     allowed = cycles / 8 * 7;  // a second round, and with it twice the parts, for an eighth less
@@ -110,11 +109,13 @@ inline void split_where_it_pays(Plan& p, int blocks, int64_t dim) {
   if (length) split_tail(p, whole, length);
 }
 
-inline Plan split_plan(const AttentionParams& a, int blocks) {
+// `tile_cycles`: of a tile of keys.
+inline Plan split_plan(const AttentionParams& a, int blocks, int64_t tile_cycles) {
   Plan plan = make_plan(a);
-  split_where_it_pays(plan, blocks, a.dim);
+  split_where_it_pays(plan, blocks, a.dim, tile_cycles);
   return plan;
 }
+inline Plan split_plan(const AttentionParams& a, int blocks) { return split_plan(a, blocks, key_tile_cycles(a.dim)); }
 
 // Scratch of a plan: a Partial<D> for each work of a tail that was split.
 inline int64_t scratch_floats(const Plan& p, int64_t dim) {

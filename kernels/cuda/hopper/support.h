@@ -9,18 +9,19 @@
 
 namespace dsa_rt::cuda::hopper {
 
-// TMA moves 16-byte pieces: addresses and strides are multiples of 16 bytes, strides below 2^40 bytes. A stride counts
-// only where its dimension has a second element.
-inline std::string heads_refusal(const std::string& name, const Heads& x, int64_t batch, int64_t rows, int64_t heads) {
+// TMA moves 16-byte pieces, so many elements: addresses and strides are multiples of 16 bytes, strides below 2^40
+// bytes. A stride counts only where its dimension has a second element.
+inline std::string heads_refusal(const std::string& name, const Heads& x, int64_t batch, int64_t rows, int64_t heads,
+                                 int piece = 8) {
   if ((uintptr_t)x.data % 16) return name + "'s address is no multiple of 16 bytes";
   const struct {
     const char* of;
     int64_t size, stride;
   } dimensions[] = {{"batch", batch, x.batch_stride}, {"row", rows, x.row_stride}, {"head", heads, x.head_stride}};
   for (const auto& d : dimensions)
-    if (d.size > 1 && (d.stride % 8 || d.stride <= 0 || d.stride >= (int64_t)1 << 39))
+    if (d.size > 1 && (d.stride % piece || d.stride <= 0 || d.stride >= (int64_t)1 << 39))
       return name + "'s " + d.of + " stride is " + std::to_string(d.stride) +
-             " elements, expected a positive multiple of 8 below 2^39";
+             " elements, expected a positive multiple of " + std::to_string(piece) + " below 2^39";
   return "";
 }
 

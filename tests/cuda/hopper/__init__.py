@@ -1,5 +1,5 @@
 """The Hopper kernels on the CPU: their own source, compiled by the C++ compiler with the headers of this folder in
-place of the four that hold instructions. What is checked is everything but those four."""
+place of the five that hold instructions. What is checked is everything but those five."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[2] / "kernels"
 ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)  # of kernels/element.h
-INSTRUCTIONS = ("barrier.cuh", "registers.cuh", "tma.cuh", "wgmma.cuh")
+INSTRUCTIONS = ("barrier.cuh", "instructions_fp8.cuh", "registers.cuh", "tma.cuh", "wgmma.cuh")
 
 
 class Heads(Structure):
@@ -110,7 +110,8 @@ def library() -> ctypes.CDLL:
         ]
         header = sources / "cuda/hopper/device.h"
         folders = [f"-I{folder}", f"-I{HERE.parent}"]
-        command = ["c++", *flags, *folders, "-include", header, HERE / "attention.cpp", "-o", built]
+        entries = [HERE / "attention.cpp", HERE / "attention_fp8.cpp"]
+        command = ["c++", *flags, *folders, "-include", header, *entries, "-o", built]
         result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(result.stderr)

@@ -3,6 +3,7 @@
 
 #include <string.h>
 
+#include "calls.h"
 #include "kernels/cuda/hopper/support.h"
 
 namespace dsa_rt::cuda::hopper {
@@ -11,51 +12,20 @@ alignas(1024) unsigned char memory[227 << 10];
 
 using namespace dsa_rt;
 using namespace dsa_rt::cuda::hopper;
+using namespace emulated_calls;
 
 namespace {
 
-// How the tail is split: not at all, as the host decides for that many blocks, or from a tile on into parts of a length.
-struct Splitting {
-  int64_t blocks, decided, whole, length;
-};
-
-Plan plan_of(const AttentionParams& p, const Splitting& s) {
-  if (s.decided) return split_plan(p, (int)s.blocks);
-  Plan plan = make_plan(p);
-  if (s.length) split_tail(plan, (int)s.whole, (int)s.length);
-  return plan;
-}
-
-struct Request {
-  AttentionParams params;
-  Splitting splitting;
-  float* scratch;
-  uint64_t seed;
-  int64_t late;  // emulated::Kind
-};
-
 thread_local std::string said;
 
-std::string run_blocks(const Request& r, int blocks, int threads, const std::function<void()>& kernel) {
-  for (int b = 0; b < blocks; ++b) {
-    memset(memory, 0xFF, sizeof memory);  // NaN in bf16 and fp16
-    emulated::Block block(threads, b, blocks, r.seed + b, (emulated::Kind)r.late);
-    emulated::block = &block;
-    const std::string error = block.run(kernel);
-    if (!error.empty()) return error;
-  }
-  return "";
-}
-
 template <int D, Element element>
-std::string run(const Request& r, const Plan& plan) {
+std::string run(const Request<AttentionParams>& r, const Plan& plan) {
   static_assert(shared_bytes<D> <= sizeof memory);
   const Arguments p = make_arguments<D, element>(r.params, plan, r.scratch);
   const int blocks = (int)std::min<int64_t>(plan.works, r.splitting.blocks);
   const std::string error = run_blocks(r, blocks, block_threads, [&] { attention_kernel<D, element>(p); });
   if (!error.empty()) return error;
-  const JoinArguments join = {plan, p.result};
-  return run_blocks(r, join_blocks<D>(plan), warpgroup, [&] { join_kernel<D, element>(join); });
+  return run_join<D, element>(r, plan, p.result);
 }
 
 }  // namespace
@@ -65,7 +35,7 @@ extern "C" {
 // Each returns what went wrong, or "".
 const char* attention_refusal(const AttentionParams* p) { return (said = hopper_refusal(*p)).c_str(); }
 
-const char* attention_run(const Request* r) {
+const char* attention_run(const Request<AttentionParams>* r) {
   if (said = hopper_refusal(r->params); !said.empty()) return said.c_str();
   const Plan plan = plan_of(r->params, r->splitting);
   const auto runner = r->params.element == Element::bfloat16

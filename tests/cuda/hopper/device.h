@@ -33,6 +33,9 @@
 struct uint4 {
   uint32_t x, y, z, w;
 };
+struct uint2 {
+  uint32_t x, y;
+};
 struct float2 {
   float x, y;
 };
@@ -90,8 +93,9 @@ class Block {
       for (const int i : order) {
         Fiber& f = fibers_[i];
         if (f.ended || (f.ready && !f.ready())) continue;
-        f.ready = nullptr;
         moved = true;
+        if (random_() % 8 == 0) continue;  // threads of a warp do not go on together
+        f.ready = nullptr;
         current_ = i;
         swapcontext(&main_, &f.context);
         alive -= f.ended;

@@ -50,6 +50,8 @@ struct Product {
   const uint32_t* operand;  // A in registers, or null:
   uint64_t a, b;
   bool accumulate;
+  // Of operands other than bf16, words of A by lane: (row, column, what is there) -> what will be, for a warp's quarter.
+  std::function<float(int, int, float)> (*adds)(const Product&, const uint32_t* const (&operands)[32]) = nullptr;
 };
 
 struct InFlight {
@@ -92,6 +94,7 @@ struct Products {
           other.accumulate != p.accumulate)
         ::emulated::block->fail_event("threads of a warpgroup issue different products");
     }
+    if (p.adds) return run_other(p, warp, number);
     float a[16][16];
     if (!p.operand) {
       const SharedMatrix matrix(p.element, p.a, false);
@@ -108,20 +111,34 @@ struct Products {
     std::vector<float> b(p.columns * 16);
     for (int n = 0; n < p.columns; ++n)
       for (int k = 0; k < 16; ++k) b[16 * n + k] = matrix(n, k);
+    return end(warp, number, [&](int m, int n, float sum) {
+      for (int k = 0; k < 16; ++k) sum += a[m][k] * b[16 * n + k];
+      return sum;
+    });
+  }
+
+  // `add`: (row, column, what is there) -> what will be.
+  template <class Add>
+  bool end(int warp, size_t number, const Add& add) {
+    const Product& p = threads[32 * warp].issued[number];
     for (int lane = 0; lane < 32; ++lane) {
       Thread& t = threads[32 * warp + lane];
       float* to = t.issued[number].d;
       InFlight& f = t.accumulators[to];
       for (int i = 0; i < p.columns / 2; ++i) {
         const int m = lane / 4 + i / 2 % 2 * 8, n = i / 4 * 8 + lane % 4 * 2 + i % 2;
-        float sum = p.accumulate ? f.values[i] : 0;
-        for (int k = 0; k < 16; ++k) sum += a[m][k] * b[16 * n + k];
-        f.values[i] = sum;
+        f.values[i] = add(m, n, p.accumulate ? f.values[i] : 0);
       }
       if (!--f.products) std::copy(f.values.begin(), f.values.end(), to);
     }
     ++done[warp];
     return true;
+  }
+
+  bool run_other(const Product& p, int warp, size_t number) {
+    const uint32_t* operands[32];
+    for (int lane = 0; lane < 32; ++lane) operands[lane] = threads[32 * warp + lane].issued[number].operand;
+    return end(warp, number, p.adds(p, operands));
   }
 };
 
