@@ -55,7 +55,8 @@ ELSEWHERE = {"attention_sm90"}  # test_attention_layouts.py
 
 @dataclass
 class Kernel:
-    """A kernel on one architecture. instructions: their names, with modifiers, in order; empty without cuobjdump."""
+    """A kernel on one architecture. instructions: their names, with modifiers, in order; operands: theirs, as written;
+    both empty without cuobjdump."""
 
     source: str
     architecture: str
@@ -64,6 +65,7 @@ class Kernel:
     stack: int = 0
     spilled: int = 0
     instructions: list[str] = field(default_factory=list)
+    operands: list[str] = field(default_factory=list)
 
 
 def tool(name: str) -> str | None:
@@ -100,14 +102,14 @@ def parse_report(source: str, report: str) -> Iterator[Kernel]:
             kernel = None
 
 
-def parse_dump(dump: str) -> dict[tuple[str, str], list[str]]:
-    """Instructions by (architecture, kernel) of ``cuobjdump -sass``."""
-    found: dict[tuple[str, str], list[str]] = {}
+def parse_dump(dump: str) -> dict[tuple[str, str], list[tuple[str, str]]]:
+    """Instructions and their operands by (architecture, kernel) of ``cuobjdump -sass``."""
+    found: dict[tuple[str, str], list[tuple[str, str]]] = {}
     architecture, body = "", []
-    instruction = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)").match
+    instruction = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*)").match
     for line in dump.splitlines():
         if match := instruction(line):
-            body.append(match[1])
+            body.append((match[1], match[2]))
         elif match := re.search(r"\barch = sm_(\w+)", line) if "arch" in line else None:
             architecture = match[1]
         elif match := re.search(r"\bFunction : (\w+)", line) if "Function" in line else None:
@@ -139,7 +141,8 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
             assert dumped.returncode == 0, dumped.stderr
             instructions = parse_dump(dumped.stdout)
             for kernel in these:
-                kernel.instructions = instructions[kernel.architecture, kernel.name]
+                lines = instructions[kernel.architecture, kernel.name]
+                kernel.instructions, kernel.operands = [name for name, _ in lines], [rest for _, rest in lines]
                 assert "EXIT" in kernel.instructions
     return made
 
@@ -205,3 +208,12 @@ def test_attention_in_fp8_multiplies_codes(kernels: list[Kernel]) -> None:
         assert sum(i.startswith("F2FP.SATFINITE.E4M3") for i in kernel.instructions) == 2 * (16 + dim // 8)
         assert sum(i == "MUFU.EX2" for i in kernel.instructions) == 64 + 2
         assert not [i for i in kernel.instructions if "F16.E4M3" in i]
+        # each product of weights, and of a query, begins at zero: one in the prologue, two in the loop
+        products = zip(kernel.instructions, kernel.operands, strict=True)
+        assert sum(i.startswith("QGMMA") and "RZ" in rest for i, rest in products) == 3
+        # what the copying and transposing warps use, up to the waiting loops behind the code, of the 56 they keep
+        first = kernel.instructions.index("USETMAXREG.DEALLOC.CTAPOOL")
+        last = len(kernel.instructions) - 1 - kernel.instructions[::-1].index("EXIT")
+        registers = re.findall(r"\bR(\d+)\b", " ".join(kernel.operands[first:last]))
+        assert max(map(int, registers)) < 56
+        assert max(map(int, re.findall(r"\bR(\d+)\b", " ".join(kernel.operands)))) < 224
