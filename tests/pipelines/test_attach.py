@@ -207,19 +207,19 @@ def test_prompts_of_more_than_512_tokens() -> None:
     close(run(570), expected, 1e-4)
 
 
-@pytest.mark.parametrize("form", ["t2v", "i2v"])
-def test_bf16_with_parts_in_fp32(form: str) -> None:
-    """As loaded with torch_dtype=bf16: no further from the fp32 run than diffusers itself is."""
+@pytest.mark.parametrize(("form", "dtype"), [("t2v", torch.bfloat16), ("i2v", torch.float16)])
+def test_sixteen_bits_with_parts_in_fp32(form: str, dtype: torch.dtype) -> None:
+    """As loaded with torch_dtype=dtype: no further from the fp32 run than diffusers itself is."""
     case = make(form)
     exact = case(num_inference_steps=4)
     model = case.pipe.transformer
     for name, parameter in model.named_parameters():
         if not any(part in name for part in model._keep_in_fp32_modules):
-            parameter.data = parameter.data.bfloat16()
+            parameter.data = parameter.data.to(dtype)
     plain = case(num_inference_steps=4)
     dsa_rt.attach(case.pipe, "dense")
     result = case(num_inference_steps=4)
-    assert result.dtype == plain.dtype == torch.bfloat16
+    assert result.dtype == plain.dtype == dtype
     error, bound = (result - exact).square().mean().sqrt(), (plain - exact).square().mean().sqrt()
     assert 0 < error < 1.3 * bound
     dsa_rt.detach(case.pipe)
