@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsa_rt.ops import linear as linear_op
 from dsa_rt.ops import norm, pool, rope
 from dsa_rt.ops import rows as row_ops
 from dsa_rt.ops import step as ops
@@ -232,6 +231,26 @@ def scatter_rows(shape: Shape, dtype: torch.dtype) -> Op:
     return Op(2 * src.nbytes, run("native"), run("torch"), by_hand, (x[:, ::2],))
 
 
+def quantize_rows(shape: Shape, dtype: torch.dtype) -> Op:
+    """Into consecutive rows of a cache of four times as many."""
+    batch, tokens, heads, dim = shape
+    rows = torch.randn(batch, tokens, heads, dim).to(dtype)
+    cache = torch.empty(batch, 4 * tokens, heads, dim, dtype=torch.float8_e4m3fn)
+    out, scale = cache[:, tokens : 2 * tokens], torch.empty(batch, tokens, heads)
+    codes = out.view(torch.uint8)
+
+    def run(name: str) -> Callable[[], None]:
+        return lambda: row_ops.quantize_rows(out, scale, rows, backend=name)
+
+    def by_hand() -> None:
+        largest = rows.abs().amax(-1)
+        torch.div(largest, reference.FLOAT8_MAX, out=scale if rows.dtype == scale.dtype else None)
+        out.copy_(rows * (reference.FLOAT8_MAX / largest)[..., None])
+
+    moved = rows.nbytes + codes.nbytes + scale.nbytes
+    return Op(moved, run("native"), run("torch"), by_hand, (codes, scale), reset=lambda: _drop(codes.fill_(0x7F)))
+
+
 def confidence_pool(shape: Shape, dtype: torch.dtype) -> Op:
     batch, _, heads, dim = shape
     keys, tokens = _rows(shape, dtype), _rows(shape, dtype)
@@ -248,38 +267,6 @@ def confidence_pool(shape: Shape, dtype: torch.dtype) -> Op:
 
     moved = keys.nbytes + tokens.nbytes + out.nbytes
     return Op(moved, run("native"), run("torch"), by_hand, (out,), tolerance=1e-4)
-
-
-LinearShape = tuple[int, int, int, str]  # rows, K, N, activation
-
-
-def linear(shape: LinearShape, dtype: torch.dtype) -> tuple[dict[str, Callable[[], object]], Callable[[], float]]:
-    """Ways to compute one layer with packed weights, and the native one's largest error relative to 1 + a value, over
-    16 rows, once it has run. "prepacked" is what the framework's compiler uses, where this build of it has that."""
-    count, k, n, activation = shape
-    x, weight, bias = (torch.randn(size).to(dtype) for size in ((1, count, k), (n, k), (n,)))
-    weight *= k**-0.5
-    out, packed = torch.empty(1, count, n, dtype=dtype), linear_op.pack_linear(weight, bias)
-    gelu = activation == "gelu"
-
-    def by_hand() -> Tensor:
-        y = F.linear(x, weight, bias)
-        return F.gelu(y, approximate="tanh") if gelu else y
-
-    def error() -> float:
-        few = slice(None, None, max(count // 16, 1))
-        exact = reference.linear(x[:, few], weight, bias, activation)
-        return float(((out[:, few].float() - exact).abs() / (1 + exact.abs())).max())
-
-    runs: dict[str, Callable[[], object]] = {
-        "native": lambda: linear_op.linear(out, x, packed, activation, backend="native"), "torch": by_hand,
-    }  # fmt: skip
-    if torch.backends.mkldnn.is_available():
-        onednn = torch.ops.mkldnn
-        ready = onednn._reorder_linear_weight(weight, count)
-        fused = ("gelu", [], "tanh") if gelu else ("none", [], "")
-        runs["prepacked"] = lambda: onednn._linear_pointwise(x, ready, bias, *fused)
-    return runs, error
 
 
 def _drop(_: object) -> None:
