@@ -57,7 +57,7 @@ def ran(
 ) -> bool:  # fmt: skip
     """:func:`active_attention` where a kernel takes the call; False where the definition would have to, and nothing is
     run."""
-    return served("active_attention", backend, out, (out, lse, q, k, v), segments)
+    return served("active_attention", backend, out, (out, lse, q, k, v), (segments,))
 
 
 def active_attention_fp8(
@@ -71,7 +71,7 @@ def active_attention_fp8(
     exact in bf16, and scales meet scores and weights in fp32: with bf16 dot products a weight times its value's scale
     is rounded to bf16, and nothing else is. What is said there of bits, and the errors, hold here too.
     """
-    if served("active_attention_fp8", backend, out, (out, lse, q, k, v, k_scale, v_scale), segments):
+    if served("active_attention_fp8", backend, out, (out, lse, q, k, v, k_scale, v_scale), (segments,)):
         return
     out.copy_(reference.active_attention_fp8(q, k, v, k_scale, v_scale, segments))
     if lse is not None:
