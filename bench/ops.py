@@ -1,6 +1,6 @@
 """The step family and the transformer's memory-bound ops, one by one: the native kernels against compositions of torch,
-in GB/s and as a share of a plain copy. Attention and linear: the native kernel against torch's, in GFLOP/s and as the
-ratio of the two.
+in GB/s, as a share of a plain copy and as a share of their floor. Attention and linear: the native kernel against
+torch's, in GFLOP/s and as the ratio of the two.
 
     python -m bench.ops
 
@@ -8,6 +8,10 @@ Two competitors run beside the native kernel. "definition" is dsa_rt.reference, 
 family and computes the counter-based noise in 64-bit integers; "torch" is the fastest thing to write by hand, in place
 where it can be, with torch's own generator for noise, so its numbers are other ones, and in the dtype of the rows where
 the op computes in fp32. Native results are compared with the definition first.
+
+The floor of an op is the larger of two times: that of a copy which moves as many bytes, and that of its arithmetic at
+the rate of a product of matrices in fp32 that fits the caches, which is within a few percent of what the processor's
+units for fused multiply-adds can do. Both yardsticks take turns with the op.
 
 Attention is compared with scaled_dot_product_attention on the same tensors, their samples in turn, so that what
 else the machine does falls on both; where K and V are in FP8, torch makes them wide again first. Linear in the same way
@@ -61,6 +65,7 @@ PRODUCTS: dict[str, tuple[str, dict[str, Any], Callable[..., Product]]] = {  # s
     "linear": ("linear", LINEAR, product_cases.linear),
 }
 SAMPLE_SECONDS = 0.01
+YARDSTICK: product_cases.LinearShape = (192, 512, 512, "none")  # the product that says what arithmetic takes
 
 
 OPS: dict[str, Callable[..., Op]] = {
@@ -111,21 +116,26 @@ def _agree(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
 
 
 def measure(name: str, shape: tuple[int, ...], dtype: torch.dtype, samples: int) -> dict[str, float]:
-    """Microseconds of each way, and GB/s of the native one beside a copy that moves as many bytes."""
+    """Microseconds of each way, and GB/s of the native one beside its floor: a copy that moves as many bytes, or its
+    operations at the rate of a product of matrices, whichever takes longer."""
     op = (OPS | LAYER_OPS)[name](shape, dtype)
     check(op, name)
     source = torch.ones(max(op.bytes // 2, 1), dtype=torch.uint8)  # written: else all of it is one page of zeros
     target = torch.empty_like(source)
+    product = product_cases.linear(YARDSTICK, torch.float32)
     ways: dict[str, Callable[[], object]] = {
-        "copy": lambda: target.copy_(source), "native": op.native, "torch": op.torch
+        "copy": lambda: target.copy_(source), "product": product.ways["native"], "native": op.native, "torch": op.torch
     }  # fmt: skip
-    copy, native, by_hand = in_turn(ways, samples).values()
+    copy, of_product, native, by_hand = in_turn(ways, samples).values()
+    arithmetic = of_product / product.operations * op.operations
     definition = seconds(op.definition, samples)
     return {
         "bytes": op.bytes, "native_us": 1e6 * native, "definition_us": 1e6 * definition,
         "torch_us": 1e6 * by_hand,
         "native_gb_s": op.bytes / native / 1e9, "torch_gb_s": op.bytes / by_hand / 1e9,
         "copy_gb_s": op.bytes / copy / 1e9, "share_of_copy": copy / native, "times_as_fast": by_hand / native,
+        "operations": op.operations, "product_gflop_s": product.operations / of_product / 1e9,
+        "arithmetic_us": 1e6 * arithmetic, "share_of_floor": max(copy, arithmetic) / native,
     }  # fmt: skip
 
 
@@ -175,8 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         included=["wall clock of a Python call, checks and dispatch included; data as warm in cache "
                   "as a loop leaves it",
                   "bytes: every operand read or written once; a copy is timed that moves as many bytes",
-                  "noise is arithmetic, not traffic: philox_normal and renoise do not run at a "
-                  "copy's speed"],
+                  "operations: a multiply-add as two, at the rate of a product of matrices in fp32 in the same "
+                  "run; the floor is the larger of that time and the copy's"],
     )  # fmt: skip
     kinds = [(name, shape, kind) for name in OPS for shape in options.shapes for kind in DTYPES]
     rows = {}
@@ -203,10 +213,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result |= {"layers": layers} | products
     print(common.table(
         ["op, shape, dtype", "native µs", "torch µs", "torch / native", "definition µs", "native GB/s", "torch GB/s",
-         "copy GB/s", "% of copy"],
+         "copy GB/s", "% of copy", "arithmetic µs", "% of floor"],
         [[name, *(common.figure(row[key]) for key in ("native_us", "torch_us")), common.figure(row["times_as_fast"], 2),
           *(common.figure(row[key]) for key in ("definition_us", "native_gb_s", "torch_gb_s", "copy_gb_s")),
-          common.figure(row["share_of_copy"], 0, scale=100)]
+          common.figure(row["share_of_copy"], 0, scale=100), common.figure(row["arithmetic_us"]),
+          common.figure(row["share_of_floor"], 0, scale=100)]
          for name, row in (rows | layers).items()],
     ))  # fmt: skip
     for section, found in products.items():

@@ -2,9 +2,10 @@
 
 Arguments are torch tensors on one device. ``instruction_set`` (CPU) is for tests: "" takes the best that runs
 here. ``stream`` (CUDA) is the stream's address. Each check_… does the checks of its op alone, for tensors of
-any device. Each direct_… takes a backend's name or None, the tensor that decides what serves the call, and the arguments
-of its op as two tuples: it runs the op and returns True, or returns False, and nothing is done, where native kernels are
-not what serves that tensor, a listener of direct_calls hears, or a tensor is of a subclass or wants a gradient.
+any device. Each direct_… takes a backend's name or None, the tensor that decides what serves the call, and the
+arguments of its op as two tuples: it runs the op and returns True, or does nothing and returns False, where native
+kernels are not what serves that tensor, a listener of direct_calls hears, or a tensor is of a subclass or wants a
+gradient.
 """
 
 from collections.abc import Callable

@@ -332,6 +332,10 @@ def test_ops(tmp_path: Path) -> None:
     layers = read(tmp_path, "ops.json")["layers"]
     assert len(layers) == 16 and layers["qk_norm_rope_store, demo chunk, fp32"]["bytes"] == 6 * 108 * 192 * 4
     assert all(row["times_as_fast"] == pytest.approx(row["torch_us"] / row["native_us"]) for row in layers.values())
+    pool = layers["confidence_pool, demo chunk, fp32"]
+    assert pool["operations"] == 108 * 192 * (2 * 3 + 4)
+    floor = max(1e-3 * pool["bytes"] / pool["copy_gb_s"], 1e-3 * pool["operations"] / pool["product_gflop_s"])
+    assert pool["share_of_floor"] == pytest.approx(floor / pool["native_us"])
     assert layers["quantize_rows, demo chunk, bf16"]["bytes"] == 108 * (192 * 3 + 3 * 4)
     pairs = [*read(tmp_path, "ops.json")["attention"].values(), *read(tmp_path, "ops.json")["attention_fp8"].values()]
     assert len(pairs) == 4 and {row["operations"] for row in pairs} == {4 * 3 * 108 * 756 * 64}
