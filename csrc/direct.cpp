@@ -52,12 +52,11 @@ bool Direct::native_first(py::handle backend, const Facts& decides, py::handle t
 
 bool Direct::open(py::handle backend, py::handle decides, int* threads, bool* grad_enabled) {
   if (!asked) throw std::logic_error("direct calls are not set up: import dsa_rt.ops.dispatch");
+  if (!plain_on_cpu(decides)) return false;
   for (py::handle listener : asked->listeners)
     if (truth(ask(listener))) return false;
+  if (!native_first(backend, Facts(decides), decides)) return false;
   *grad_enabled = truth(ask(asked->grad_enabled));
-  if (!plain(decides, *grad_enabled)) return false;
-  const Facts facts(decides);
-  if (facts.device.kind != DeviceKind::cpu || !native_first(backend, facts, decides)) return false;
   *threads = static_cast<int>(PyLong_AsLong(ask(asked->threads).ptr()));
   return true;
 }

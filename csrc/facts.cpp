@@ -83,6 +83,11 @@ bool plain(py::handle tensor, bool grad_enabled) {
   return torch.is_plain(tensor) && !(grad_enabled && truth(get(tensor, torch.requires_grad)));
 }
 
+bool plain_on_cpu(py::handle tensor) {
+  const auto& torch = TorchObjects::get();
+  return torch.is_plain(tensor) && truth(get(tensor, torch.is_cpu));
+}
+
 Facts::Facts(py::handle tensor) : tensor_(tensor) {
   if (described()) return;
   const auto& torch = TorchObjects::get();

@@ -25,6 +25,7 @@ bool is_tensor(py::handle object);  // or of a subclass
 // Whether a call by its Python objects takes the path that torch's dispatcher would: a torch.Tensor or Parameter itself,
 // no subclass, and no gradient that is wanted.
 bool plain(py::handle tensor, bool grad_enabled);
+bool plain_on_cpu(py::handle tensor);  // whatever it wants
 
 // Asked of torch's exchange API where it has one and the tensor is one on the CPU of a known dtype; else of the tensor's
 // attributes, `data` last, as not every kind of tensor has an address.

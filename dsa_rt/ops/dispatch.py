@@ -45,12 +45,20 @@ def register(schema: str, scratch: Callable[..., int] | None = None) -> None:
     def fake(*arguments: Any) -> None:
         return None
 
-    _DIRECT[name] = trace.named(name, getattr(native, f"direct_{name}"))
+    _DIRECT[name] = _named_on_cpu(name, getattr(native, f"direct_{name}"))
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, trace.named(name, run_cpu), "CPU")
     if native.build_info()["cuda"]:
         _LIBRARY.impl(name, trace.named(name, run_cuda), "CUDA")
     torch.library.register_fake(f"dsa_rt::{name}", fake, lib=_LIBRARY)
+
+
+def _named_on_cpu(name: str, direct: Callable[..., bool]) -> Callable[..., bool]:
+    """The function in a range of that name; not for tensors elsewhere, whose way has one of its own."""
+    named = trace.named(name, direct)
+    if named is direct:
+        return direct
+    return lambda backend, decides, *call: getattr(decides, "is_cpu", False) and named(backend, decides, *call)
 
 
 def _bringing_scratch(function: Callable[..., None], scratch: Callable[..., int]) -> Callable[..., None]:
