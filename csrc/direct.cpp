@@ -35,7 +35,7 @@ py::handle item(py::handle dict, py::handle key) {  // borrowed
 
 }  // namespace
 
-bool Direct::native_first(py::handle backend, const Facts& decides, py::handle tensor) {
+bool Direct::native_first(py::handle backend, const PlainOnCpu& decides, py::handle tensor) {
   const py::handle row = item(item(asked->tables, asked->implementations), op_), measured = item(asked->tables, asked->measured);
   const py::handle object = decides.dtype_object;
   for (const Known& known : known_)
@@ -52,10 +52,11 @@ bool Direct::native_first(py::handle backend, const Facts& decides, py::handle t
 
 bool Direct::open(py::handle backend, py::handle decides, int* threads, bool* grad_enabled) {
   if (!asked) throw std::logic_error("direct calls are not set up: import dsa_rt.ops.dispatch");
-  if (!plain_on_cpu(decides)) return false;
+  const PlainOnCpu found(decides);
+  if (!found) return false;
   for (py::handle listener : asked->listeners)
     if (truth(ask(listener))) return false;
-  if (!native_first(backend, Facts(decides), decides)) return false;
+  if (!native_first(backend, found, decides)) return false;
   *grad_enabled = truth(ask(asked->grad_enabled));
   *threads = static_cast<int>(PyLong_AsLong(ask(asked->threads).ptr()));
   return true;

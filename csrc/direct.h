@@ -35,7 +35,7 @@ class Direct {
     py::handle dtype_object, backend, row, measured;  // references that are kept
     bool native_first;
   };
-  bool native_first(py::handle backend, const Facts& decides, py::handle tensor);
+  bool native_first(py::handle backend, const PlainOnCpu& decides, py::handle tensor);
 
   py::handle op_;
   std::array<Known, 8> known_{};
