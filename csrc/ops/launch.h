@@ -58,8 +58,8 @@ void for_tensor(const Argument& argument, Visit visit) {
     if (!argument.is_none()) visit(argument);
 }
 
-// Checks, then runs without the GIL, which an op whose brief() says that it takes less time than to give it up and take it
-// again keeps. While a program records on the thread, the call is appended to it.
+// Checks, then runs without the GIL; with it where the op has a brief() that says it takes less than a microsecond, of which
+// giving it up would be a part. While a program records on the thread, the call is appended to it.
 template <class Op, class... Arguments>
 void call(const char* name, const Launch& launch, const Arguments&... arguments) {
   if (Program* program = Program::recording()) {
