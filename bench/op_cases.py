@@ -9,20 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsa_rt.ops import linear as linear_op
 from dsa_rt.ops import norm, pool, rope
 from dsa_rt.ops import rows as row_ops
 from dsa_rt.ops import step as ops
 from dsa_rt.reference import layers as reference
 
 SIGMA, NEXT, EPS = 0.9375, 0.8333, 1e-6
+NORMAL = 45  # operations of a normal: 20 of Philox on whole numbers, the others of Box-Muller over polynomials
 
 
 @dataclass(frozen=True)
 class Op:
-    """One op on one shape. bytes: read and written, each operand once; outputs: tensors to compare after a call."""
+    """One op on one shape. bytes: read and written, each operand once; operations: arithmetic that it cannot do
+    without, a multiply-add counting as two; outputs: tensors to compare after a call."""
 
     bytes: int
+    operations: int
     native: Callable[[], None]
     definition: Callable[[], None]
     torch: Callable[[], None]
@@ -34,7 +36,7 @@ class Op:
 def philox_normal(shape: tuple[int, int, int], dtype: torch.dtype) -> Op:
     out, seeds, tokens = torch.empty(shape, dtype=dtype), torch.arange(shape[0]), torch.arange(shape[1])
     return Op(
-        out.nbytes, lambda: ops.philox_normal(out, seeds, tokens, 1, backend="native"),
+        out.nbytes, NORMAL * out.numel(), lambda: ops.philox_normal(out, seeds, tokens, 1, backend="native"),
         lambda: ops.philox_normal(out, seeds, tokens, 1, backend="torch"), lambda: _drop(out.normal_()),
         (out,),
     )  # fmt: skip
@@ -56,7 +58,7 @@ def renoise(shape: tuple[int, int, int], dtype: torch.dtype) -> Op:
         torch.sub(x, velocity, alpha=SIGMA, out=x0)
         out.normal_().mul_(NEXT).add_(x0, alpha=1 - NEXT)
 
-    return Op(4 * x.nbytes, run("native"), run("torch"), by_hand, (out, x0))
+    return Op(4 * x.nbytes, (NORMAL + 5) * x.numel(), run("native"), run("torch"), by_hand, (out, x0))
 
 
 def cached_step(shape: tuple[int, int, int], dtype: torch.dtype) -> Op:
@@ -87,7 +89,8 @@ def cached_step(shape: tuple[int, int, int], dtype: torch.dtype) -> Op:
 
     # x is read and written, the cache read once (fresh rows: once to compare) and its fresh rows written.
     moved = 3 * x.nbytes + 2 * fresh.nbytes + score.nbytes
-    return Op(moved, run("native"), run("torch"), by_hand, (x, cache), reset)
+    operations = 2 * x.numel() + 3 * fresh.numel()
+    return Op(moved, operations, run("native"), run("torch"), by_hand, (x, cache), reset)
 
 
 def exit_decision(shape: tuple[int, int, int], dtype: torch.dtype) -> Op:
@@ -103,7 +106,7 @@ def exit_decision(shape: tuple[int, int, int], dtype: torch.dtype) -> Op:
         torch.lt(confidence, threshold, out=refine)
 
     moved = logit.nbytes + threshold.nbytes + refine.nbytes + confidence.nbytes
-    return Op(moved, run("native"), run("torch"), by_hand, (refine, confidence))
+    return Op(moved, 10 * len(logit), run("native"), run("torch"), by_hand, (refine, confidence))
 
 
 Shape = tuple[int, int, int, int]  # batch, tokens, heads, head dim
@@ -139,7 +142,8 @@ def norm_modulate(shape: Shape, dtype: torch.dtype) -> Op:
     def by_hand() -> None:
         _drop(torch.addcmul(by_shift, F.layer_norm(x, width, eps=EPS).unflatten(1, (FRAMES, -1)), factor))
 
-    return Op(2 * x.nbytes, run("native"), run("torch"), by_hand, (out,), tolerance=_tolerance(dtype))
+    operations = 9 * x.numel()
+    return Op(2 * x.nbytes, operations, run("native"), run("torch"), by_hand, (out,), tolerance=_tolerance(dtype))
 
 
 def residual_norm_modulate(shape: Shape, dtype: torch.dtype) -> Op:
@@ -155,7 +159,8 @@ def residual_norm_modulate(shape: Shape, dtype: torch.dtype) -> Op:
         summed = torch.addcmul(framed, added, by_gate)
         _drop(torch.addcmul(by_shift, F.layer_norm(summed, (x.shape[2],), eps=EPS), factor))
 
-    return Op(4 * x.nbytes, run("native"), run("torch"), by_hand, (total, out), tolerance=_tolerance(dtype))
+    operations, outputs = 13 * x.numel(), (total, out)
+    return Op(4 * x.nbytes, operations, run("native"), run("torch"), by_hand, outputs, tolerance=_tolerance(dtype))
 
 
 def rms_norm(shape: Shape, dtype: torch.dtype) -> Op:
@@ -168,7 +173,8 @@ def rms_norm(shape: Shape, dtype: torch.dtype) -> Op:
     def by_hand() -> None:
         _drop(F.rms_norm(x, (x.shape[2],), weight, EPS))
 
-    return Op(2 * x.nbytes, run("native"), run("torch"), by_hand, (out,), tolerance=_tolerance(dtype))
+    operations = 4 * x.numel()
+    return Op(2 * x.nbytes, operations, run("native"), run("torch"), by_hand, (out,), tolerance=_tolerance(dtype))
 
 
 def qk_norm_rope_store(shape: Shape, dtype: torch.dtype) -> Op:
@@ -198,8 +204,8 @@ def qk_norm_rope_store(shape: Shape, dtype: torch.dtype) -> Op:
         k_rows.copy_(turned(k, k_weight))
         v_rows.copy_(v.unflatten(2, (heads, dim)))
 
-    outputs = (q_out, k_rows, v_rows)
-    return Op(6 * q.nbytes, run("native"), run("torch"), by_hand, outputs, tolerance=_tolerance(dtype))
+    operations, outputs = 18 * q.numel(), (q_out, k_rows, v_rows)
+    return Op(6 * q.nbytes, operations, run("native"), run("torch"), by_hand, outputs, tolerance=_tolerance(dtype))
 
 
 def gather_rows(shape: Shape, dtype: torch.dtype) -> Op:
@@ -214,7 +220,7 @@ def gather_rows(shape: Shape, dtype: torch.dtype) -> Op:
     def by_hand() -> None:
         torch.index_select(x, 1, rows, out=out)
 
-    return Op(2 * out.nbytes, run("native"), run("torch"), by_hand, (out,))
+    return Op(2 * out.nbytes, 0, run("native"), run("torch"), by_hand, (out,))
 
 
 def scatter_rows(shape: Shape, dtype: torch.dtype) -> Op:
@@ -229,7 +235,30 @@ def scatter_rows(shape: Shape, dtype: torch.dtype) -> Op:
     def by_hand() -> None:
         x[:, rows] = src
 
-    return Op(2 * src.nbytes, run("native"), run("torch"), by_hand, (x[:, ::2],))
+    return Op(2 * src.nbytes, 0, run("native"), run("torch"), by_hand, (x[:, ::2],))
+
+
+def quantize_rows(shape: Shape, dtype: torch.dtype) -> Op:
+    """Into consecutive rows of a cache of four times as many."""
+    batch, tokens, heads, dim = shape
+    rows = torch.randn(batch, tokens, heads, dim).to(dtype)
+    cache = torch.empty(batch, 4 * tokens, heads, dim, dtype=torch.float8_e4m3fn)
+    out, scale = cache[:, tokens : 2 * tokens], torch.empty(batch, tokens, heads)
+    codes = out.view(torch.uint8)
+
+    def run(name: str) -> Callable[[], None]:
+        return lambda: row_ops.quantize_rows(out, scale, rows, backend=name)
+
+    def by_hand() -> None:
+        largest = rows.abs().amax(-1)
+        torch.div(largest, reference.FLOAT8_MAX, out=scale if rows.dtype == scale.dtype else None)
+        out.copy_(rows * (reference.FLOAT8_MAX / largest)[..., None])
+
+    def reset() -> None:
+        codes.fill_(0x7F)
+
+    moved, operations = rows.nbytes + codes.nbytes + scale.nbytes, 16 * rows.numel()
+    return Op(moved, operations, run("native"), run("torch"), by_hand, (codes, scale), reset)
 
 
 def confidence_pool(shape: Shape, dtype: torch.dtype) -> Op:
@@ -246,40 +275,8 @@ def confidence_pool(shape: Shape, dtype: torch.dtype) -> Op:
         weights = torch.einsum("hd,bahd->bha", near, normed).softmax(-1)
         _drop(torch.matmul(weights, tokens))
 
-    moved = keys.nbytes + tokens.nbytes + out.nbytes
-    return Op(moved, run("native"), run("torch"), by_hand, (out,), tolerance=1e-4)
-
-
-LinearShape = tuple[int, int, int, str]  # rows, K, N, activation
-
-
-def linear(shape: LinearShape, dtype: torch.dtype) -> tuple[dict[str, Callable[[], object]], Callable[[], float]]:
-    """Ways to compute one layer with packed weights, and the native one's largest error relative to 1 + a value, over
-    16 rows, once it has run. "prepacked" is what the framework's compiler uses, where this build of it has that."""
-    count, k, n, activation = shape
-    x, weight, bias = (torch.randn(size).to(dtype) for size in ((1, count, k), (n, k), (n,)))
-    weight *= k**-0.5
-    out, packed = torch.empty(1, count, n, dtype=dtype), linear_op.pack_linear(weight, bias)
-    gelu = activation == "gelu"
-
-    def by_hand() -> Tensor:
-        y = F.linear(x, weight, bias)
-        return F.gelu(y, approximate="tanh") if gelu else y
-
-    def error() -> float:
-        few = slice(None, None, max(count // 16, 1))
-        exact = reference.linear(x[:, few], weight, bias, activation)
-        return float(((out[:, few].float() - exact).abs() / (1 + exact.abs())).max())
-
-    runs: dict[str, Callable[[], object]] = {
-        "native": lambda: linear_op.linear(out, x, packed, activation, backend="native"), "torch": by_hand,
-    }  # fmt: skip
-    if torch.backends.mkldnn.is_available():
-        onednn = torch.ops.mkldnn
-        ready = onednn._reorder_linear_weight(weight, count)
-        fused = ("gelu", [], "tanh") if gelu else ("none", [], "")
-        runs["prepacked"] = lambda: onednn._linear_pointwise(x, ready, bias, *fused)
-    return runs, error
+    moved, operations = keys.nbytes + tokens.nbytes + out.nbytes, (2 * heads + 4) * keys.numel()
+    return Op(moved, operations, run("native"), run("torch"), by_hand, (out,), tolerance=1e-4)
 
 
 def _drop(_: object) -> None:

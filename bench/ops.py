@@ -1,6 +1,6 @@
 """The step family and the transformer's memory-bound ops, one by one: the native kernels against compositions of torch,
-in GB/s and as a share of a plain copy. Attention and linear: the native kernel against torch's, in GFLOP/s and as the
-ratio of the two.
+in GB/s, as a share of a plain copy and as a share of their floor. Attention and linear: the native kernel against
+torch's, in GFLOP/s and as the ratio of the two.
 
     python -m bench.ops
 
@@ -9,9 +9,14 @@ family and computes the counter-based noise in 64-bit integers; "torch" is the f
 where it can be, with torch's own generator for noise, so its numbers are other ones, and in the dtype of the rows where
 the op computes in fp32. Native results are compared with the definition first.
 
+The floor of an op is the larger of two times: that of a copy which moves as many bytes, and that of its arithmetic at
+the rate of a product of matrices in fp32 that fits the caches, which is within a few percent of what the processor's
+units for fused multiply-adds can do. Both yardsticks take turns with the op.
+
 Attention is compared with scaled_dot_product_attention on the same tensors, their samples in turn, so that what
-else the machine does falls on both; linear in the same way with F.linear (and F.gelu), whose weights are as they are,
-and for orientation with the product that has its weights reordered once, which torch.compile's CPU code uses.
+else the machine does falls on both; where K and V are in FP8, torch makes them wide again first. Linear in the same way
+with F.linear (and F.gelu), whose weights are as they are, and for orientation with the product that has its weights
+reordered once, which torch.compile's CPU code uses.
 """
 
 from __future__ import annotations
@@ -20,14 +25,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from bench import common, op_cases
+from bench import common, op_cases, product_cases
 from bench.op_cases import Op
-from dsa_rt.ops import attention, backend
-from dsa_rt.reference import layers as reference
+from bench.product_cases import Product
+from dsa_rt.ops import backend
 
 SHAPES = {  # (batch, tokens, elements)
     "demo chunk": (1, 108, 32), "demo clip": (1, 756, 32), "demo clip, batch 8": (8, 756, 32),
@@ -53,7 +59,13 @@ LAYERS = {  # (batch, tokens, heads, head dim)
     "demo chunk": (1, 108, 3, 64), "demo clip": (1, 756, 3, 64), "480p chunk, 1.3B": (1, 4680, 12, 128),
     "480p chunk, 14B": (1, 4680, 40, 128),
 }  # fmt: skip
+PRODUCTS: dict[str, tuple[str, dict[str, Any], Callable[..., Product]]] = {  # section -> option, shapes, case
+    "attention": ("attention", ATTENTION, product_cases.attention),
+    "attention_fp8": ("attention", ATTENTION, product_cases.attention_fp8),
+    "linear": ("linear", LINEAR, product_cases.linear),
+}
 SAMPLE_SECONDS = 0.01
+YARDSTICK: product_cases.LinearShape = (192, 512, 512, "none")  # the product that says what arithmetic takes
 
 
 OPS: dict[str, Callable[..., Op]] = {
@@ -63,7 +75,7 @@ LAYER_OPS: dict[str, Callable[..., Op]] = {
     op.__name__: op
     for op in (
         op_cases.norm_modulate, op_cases.residual_norm_modulate, op_cases.rms_norm, op_cases.qk_norm_rope_store,
-        op_cases.gather_rows, op_cases.scatter_rows, op_cases.confidence_pool,
+        op_cases.gather_rows, op_cases.scatter_rows, op_cases.quantize_rows, op_cases.confidence_pool,
     )
 }  # fmt: skip
 
@@ -104,50 +116,41 @@ def _agree(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
 
 
 def measure(name: str, shape: tuple[int, ...], dtype: torch.dtype, samples: int) -> dict[str, float]:
-    """Microseconds of each way, and GB/s of the native one beside a copy that moves as many bytes."""
+    """Microseconds of each way, and GB/s of the native one beside its floor: a copy that moves as many bytes, or its
+    operations at the rate of a product of matrices, whichever takes longer."""
     op = (OPS | LAYER_OPS)[name](shape, dtype)
     check(op, name)
     source = torch.ones(max(op.bytes // 2, 1), dtype=torch.uint8)  # written: else all of it is one page of zeros
     target = torch.empty_like(source)
+    product = product_cases.linear(YARDSTICK, torch.float32)
     ways: dict[str, Callable[[], object]] = {
-        "copy": lambda: target.copy_(source), "native": op.native, "torch": op.torch
+        "copy": lambda: target.copy_(source), "product": product.ways["native"], "native": op.native, "torch": op.torch
     }  # fmt: skip
-    copy, native, by_hand = in_turn(ways, samples).values()
+    copy, of_product, native, by_hand = in_turn(ways, samples).values()
+    arithmetic = of_product / product.operations * op.operations
     definition = seconds(op.definition, samples)
     return {
         "bytes": op.bytes, "native_us": 1e6 * native, "definition_us": 1e6 * definition,
         "torch_us": 1e6 * by_hand,
         "native_gb_s": op.bytes / native / 1e9, "torch_gb_s": op.bytes / by_hand / 1e9,
         "copy_gb_s": op.bytes / copy / 1e9, "share_of_copy": copy / native, "times_as_fast": by_hand / native,
+        "operations": op.operations, "product_gflop_s": product.operations / of_product / 1e9,
+        "arithmetic_us": 1e6 * arithmetic, "share_of_floor": max(copy, arithmetic) / native,
     }  # fmt: skip
 
 
-def measure_attention(
-    shape: tuple[int, int, int, int, int], dtype: torch.dtype, samples: int
-) -> dict[str, float]:
-    """Microseconds and GFLOP/s of the native kernel and of torch's, medians of samples taken in turn, and their
+def measure_product(name: str, product: Product, samples: int) -> dict[str, float]:
+    """Microseconds of each way, medians of samples taken in turn; GFLOP/s of the native one and of torch, and their
     ratio. RuntimeError where the native kernel is further from the definition than roundings explain.
     """
-    batch, active, rows, heads, dim = shape
-    q, k, v = (torch.randn(batch, n, heads, dim).to(dtype) for n in (active, rows, rows))
-    out = torch.empty_like(q)
-    turned = [x.transpose(1, 2) for x in (q, k, v)]
-    runs: dict[str, Callable[[], object]] = {
-        "native": lambda: attention.active_attention(out, q, k, v, backend="native"),
-        "torch": lambda: torch.nn.functional.scaled_dot_product_attention(*turned),
-    }
-    for run in runs.values():
-        run()
-    few = slice(None, None, max(active // 16, 1))
-    error = (out[:, few].float() - reference.active_attention(q[:, few].float(), k, v)).abs().max()
-    if not error <= (2e-2 if dtype == torch.bfloat16 else 1e-5):
-        raise RuntimeError(f"attention {shape}, {dtype}: the native kernel and the definition differ by {error}")
-    native, by_torch = in_turn(runs, samples).values()
-    operations = 4 * batch * heads * active * rows * dim
+    product.ways["native"]()
+    if not product.error() <= product.tolerance:
+        raise RuntimeError(f"{name}: the native kernel and the definition differ by {product.error()}")
+    taken = in_turn(product.ways, samples)
     return {
-        "operations": operations, "native_us": 1e6 * native, "torch_us": 1e6 * by_torch,
-        "native_gflop_s": operations / native / 1e9, "torch_gflop_s": operations / by_torch / 1e9,
-        "times_as_fast": by_torch / native,
+        "operations": product.operations, **{f"{way}_us": 1e6 * seconds for way, seconds in taken.items()},
+        **{f"{way}_gflop_s": product.operations / taken[way] / 1e9 for way in ("native", "torch")},
+        "times_as_fast": taken["torch"] / taken["native"],
     }  # fmt: skip
 
 
@@ -158,22 +161,6 @@ def in_turn(runs: dict[str, Callable[[], object]], samples: int) -> dict[str, fl
         for name, run in runs.items():
             taken[name].append(seconds(run, 1))
     return {name: statistics.median(times) for name, times in taken.items()}
-
-
-def measure_linear(shape: op_cases.LinearShape, dtype: torch.dtype, samples: int) -> dict[str, float | None]:
-    """As :func:`measure_attention`; times_as_fast is beside F.linear, prepacked_us None without oneDNN."""
-    runs, error = op_cases.linear(shape, dtype)
-    runs["native"]()
-    if not error() <= (2.0**-7 if dtype == torch.bfloat16 else 1e-5):
-        raise RuntimeError(f"linear {shape}, {dtype}: the native kernel and the definition differ by {error()}")
-    taken = in_turn(runs, samples)
-    operations = 2 * shape[0] * shape[1] * shape[2]
-    return {
-        "operations": operations, "native_us": 1e6 * taken["native"], "torch_us": 1e6 * taken["torch"],
-        "prepacked_us": 1e6 * taken["prepacked"] if "prepacked" in taken else None,
-        "native_gflop_s": operations / taken["native"] / 1e9, "torch_gflop_s": operations / taken["torch"] / 1e9,
-        "times_as_fast": taken["torch"] / taken["native"],
-    }  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -198,8 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         included=["wall clock of a Python call, checks and dispatch included; data as warm in cache "
                   "as a loop leaves it",
                   "bytes: every operand read or written once; a copy is timed that moves as many bytes",
-                  "noise is arithmetic, not traffic: philox_normal and renoise do not run at a "
-                  "copy's speed"],
+                  "operations: a multiply-add as two, at the rate of a product of matrices in fp32 in the same "
+                  "run; the floor is the larger of that time and the copy's"],
     )  # fmt: skip
     kinds = [(name, shape, kind) for name in OPS for shape in options.shapes for kind in DTYPES]
     rows = {}
@@ -213,37 +200,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for shape in options.layers
             for kind in DTYPES
         }
-        pairs = {
-            f"{shape}, {kind}": measure_attention(ATTENTION[shape], DTYPES[kind], options.samples)
-            for shape in tqdm(options.attention, desc="attention", disable=True if options.quiet else None)
-            for kind in DTYPES
-        }
         products = {
-            f"{shape}, {kind}": measure_linear(LINEAR[shape], DTYPES[kind], options.samples)
-            for shape in tqdm(options.linear, desc="linear", disable=True if options.quiet else None)
-            for kind in DTYPES
-        }
+            section: {
+                f"{shape}, {kind}": measure_product(f"{section}, {shape}, {kind}", case(known[shape], DTYPES[kind]),
+                                                    options.samples)
+                for shape in tqdm(getattr(options, option), desc=section, disable=True if options.quiet else None)
+                for kind in DTYPES
+            }
+            for section, (option, known, case) in PRODUCTS.items()
+        }  # fmt: skip
     result |= {"native": backend.native.build_info(), "threads": torch.get_num_threads(), "rows": rows}
-    result |= {"layers": layers, "attention": pairs, "linear": products}
+    result |= {"layers": layers} | products
     print(common.table(
         ["op, shape, dtype", "native µs", "torch µs", "torch / native", "definition µs", "native GB/s", "torch GB/s",
-         "copy GB/s", "% of copy"],
+         "copy GB/s", "% of copy", "arithmetic µs", "% of floor"],
         [[name, *(common.figure(row[key]) for key in ("native_us", "torch_us")), common.figure(row["times_as_fast"], 2),
           *(common.figure(row[key]) for key in ("definition_us", "native_gb_s", "torch_gb_s", "copy_gb_s")),
-          common.figure(row["share_of_copy"], 0, scale=100)]
+          common.figure(row["share_of_copy"], 0, scale=100), common.figure(row["arithmetic_us"]),
+          common.figure(row["share_of_floor"], 0, scale=100)]
          for name, row in (rows | layers).items()],
     ))  # fmt: skip
-    print(common.table(
-        ["attention, dtype", "native µs", "torch µs", "native GFLOP/s", "torch GFLOP/s", "torch / native"],
-        [[name, *(common.figure(row[key]) for key in ("native_us", "torch_us", "native_gflop_s", "torch_gflop_s")),
-          common.figure(row["times_as_fast"], 2)] for name, row in pairs.items()],
-    ))  # fmt: skip
-    print(common.table(
-        ["linear, dtype", "native µs", "torch µs", "prepacked µs", "native GFLOP/s", "torch GFLOP/s", "torch / native"],
-        [[name, *(common.figure(row[f"{key}_us"]) for key in ("native", "torch", "prepacked")),
-          *(common.figure(row[f"{key}_gflop_s"]) for key in ("native", "torch")),
-          common.figure(row["times_as_fast"], 2)] for name, row in products.items()],
-    ))  # fmt: skip
+    for section, found in products.items():
+        print(common.table(
+            [f"{section}, dtype", "native µs", "torch µs", "prepacked µs", "native GFLOP/s", "torch GFLOP/s",
+             "torch / native"],
+            [[name, *(common.figure(row.get(f"{key}_us")) for key in ("native", "torch", "prepacked")),
+              *(common.figure(row[f"{key}_gflop_s"]) for key in ("native", "torch")),
+              common.figure(row["times_as_fast"], 2)] for name, row in found.items()],
+        ))  # fmt: skip
     if busy := common.warn_if_busy(result):
         print(busy)
     print("written:", common.show_path(common.write_json(options.out, "ops.json", result)))

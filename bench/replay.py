@@ -19,6 +19,7 @@ from bench import common
 from bench.ops import DTYPES, LAYER_OPS, OPS, seconds
 from dsa_rt.ops import attention, rows
 from dsa_rt.recording import Recorded, record
+from dsa_rt.reference import layers as reference
 
 ROWS, LAYER, CALLS = (1, 48, 192), (1, 48, 3, 64), 100
 CHECKS = {"336 of 2688 rows": (336, 2688), "4680 of 32760 rows": (4680, 32760)}
@@ -29,8 +30,13 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
     made = {name: case(ROWS, dtype).native for name, case in OPS.items()}
     made |= {name: case(LAYER, dtype).native for name, case in LAYER_OPS.items()}
     q, k, v = (torch.randn(LAYER).to(dtype) for _ in range(3))
-    out = torch.empty_like(q)
-    return made | {"active_attention": lambda: attention.active_attention(out, q, k, v, backend="native")}
+    out, ((k8, k_scale), (v8, v_scale)) = torch.empty_like(q), (reference.quantize_rows(x) for x in (k, v))
+    return made | {
+        "active_attention": lambda: attention.active_attention(out, q, k, v, backend="native"),
+        "active_attention_fp8": lambda: attention.active_attention_fp8(
+            out, q, k8, v8, k_scale, v_scale, backend="native"
+        ),
+    }
 
 
 def times(call: Callable[[], None], repeats: int = CALLS) -> Recorded:

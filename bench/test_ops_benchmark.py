@@ -20,7 +20,6 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench/ is no part of the package
 from bench import ops
-from dsa_rt.ops import attention
 
 WAYS = ("native", "definition", "torch")
 CASES = [(name, shape) for name in ops.OPS for shape in ("demo chunk", "480p chunk")] + [
@@ -49,17 +48,13 @@ def test_op(benchmark: Any, name: str, shape: str, dtype: str, way: str) -> None
 
 @pytest.mark.parametrize("way", ["native", "torch"])
 @pytest.mark.parametrize("dtype", ops.DTYPES)
+@pytest.mark.parametrize("section", ["attention", "attention_fp8"])
 @pytest.mark.parametrize("shape", ["demo chunk", "192 of 768, D 128"], ids=lambda value: value.replace(" ", "-"))
-def test_attention(benchmark: Any, shape: str, dtype: str, way: str) -> None:
-    batch, active, rows, heads, dim = ops.ATTENTION[shape]
-    q, k, v = (torch.randn(batch, n, heads, dim).to(ops.DTYPES[dtype]) for n in (active, rows, rows))
-    out, turned = torch.empty_like(q), [x.transpose(1, 2) for x in (q, k, v)]
-    by_torch = torch.nn.functional.scaled_dot_product_attention(*turned).transpose(1, 2)
-    attention.active_attention(out, q, k, v, backend="native")
-    assert (out.float() - by_torch.float()).abs().max() < (5e-2 if dtype == "bf16" else 1e-4)
-    benchmark.group = f"active_attention, {shape}, {dtype}"
-    benchmark.extra_info["operations"] = 4 * batch * heads * active * rows * dim
-    if way == "native":
-        benchmark(attention.active_attention, out, q, k, v, backend="native")
-    else:
-        benchmark(torch.nn.functional.scaled_dot_product_attention, *turned)
+def test_attention(benchmark: Any, shape: str, section: str, dtype: str, way: str) -> None:
+    _, shapes, case = ops.PRODUCTS[section]
+    product = case(shapes[shape], ops.DTYPES[dtype])
+    product.ways["native"]()
+    assert product.error() <= product.tolerance
+    benchmark.group = f"{section}, {shape}, {dtype}"
+    benchmark.extra_info["operations"] = product.operations
+    benchmark(product.ways[way])

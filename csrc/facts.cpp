@@ -71,6 +71,20 @@ Device device_of(py::handle tensor) {
   return {kind, tensor.attr("get_device")().cast<int>()};
 }
 
+Dtype dtype_of(const dlpack::Tensor& tensor) {
+  const auto is = [&](dlpack::Code code, int bits) {
+    return tensor.dtype_code == code && tensor.dtype_bits == bits && tensor.dtype_lanes == 1;
+  };
+  if (is(dlpack::floating, 32)) return Dtype::float32;
+  if (is(dlpack::bfloat, 16)) return Dtype::bfloat16;
+  if (is(dlpack::floating, 16)) return Dtype::float16;
+  if (is(dlpack::float8_e4m3fn, 8)) return Dtype::float8_e4m3fn;
+  if (is(dlpack::signed_integer, 64)) return Dtype::int64;
+  if (is(dlpack::boolean, 8)) return Dtype::boolean;
+  if (is(dlpack::unsigned_integer, 8)) return Dtype::uint8;
+  return Dtype::other;
+}
+
 }  // namespace
 
 bool is_tensor(py::handle object) {
@@ -81,6 +95,20 @@ bool is_tensor(py::handle object) {
 bool plain(py::handle tensor, bool grad_enabled) {
   const auto& torch = TorchObjects::get();
   return torch.is_plain(tensor) && !(grad_enabled && truth(get(tensor, torch.requires_grad)));
+}
+
+PlainOnCpu::PlainOnCpu(py::handle tensor) {
+  const auto& torch = TorchObjects::get();
+  if (!torch.is_plain(tensor)) return;
+  dlpack::Tensor found;
+  if (torch.describe && !torch.describe(tensor.ptr(), &found)) {
+    yes = found.device_type == dlpack::cpu;
+    dtype = dtype_of(found);
+  } else {
+    PyErr_Clear();
+    yes = truth(get(tensor, torch.is_cpu));
+  }
+  if (yes && dtype == Dtype::other) dtype_object = get(tensor, torch.dtype);
 }
 
 Facts::Facts(py::handle tensor) : tensor_(tensor) {
@@ -110,16 +138,7 @@ bool Facts::described() {
     PyErr_Clear();  // such as a sparse one: its attributes say what is wrong
     return false;
   }
-  const auto is = [&](dlpack::Code code, int bits) {
-    return found.dtype_code == code && found.dtype_bits == bits && found.dtype_lanes == 1;
-  };
-  if (is(dlpack::floating, 32)) dtype = Dtype::float32;
-  else if (is(dlpack::bfloat, 16)) dtype = Dtype::bfloat16;
-  else if (is(dlpack::floating, 16)) dtype = Dtype::float16;
-  else if (is(dlpack::float8_e4m3fn, 8)) dtype = Dtype::float8_e4m3fn;
-  else if (is(dlpack::signed_integer, 64)) dtype = Dtype::int64;
-  else if (is(dlpack::boolean, 8)) dtype = Dtype::boolean;
-  else if (is(dlpack::unsigned_integer, 8)) dtype = Dtype::uint8;
+  dtype = dtype_of(found);
   if (found.device_type != dlpack::cpu || dtype == Dtype::other || !found.data || !found.strides) {
     dtype = Dtype::other;
     return false;

@@ -26,6 +26,16 @@ bool is_tensor(py::handle object);  // or of a subclass
 // no subclass, and no gradient that is wanted.
 bool plain(py::handle tensor, bool grad_enabled);
 
+// Whether it is such an object, whatever it wants, on the CPU; then also its dtype, as torch's object where it is `other`
+// or torch has no exchange API.
+struct PlainOnCpu {
+  explicit PlainOnCpu(py::handle tensor);
+  explicit operator bool() const { return yes; }
+  bool yes = false;
+  Dtype dtype = Dtype::other;
+  py::object dtype_object;
+};
+
 // Asked of torch's exchange API where it has one and the tensor is one on the CPU of a known dtype; else of the tensor's
 // attributes, `data` last, as not every kind of tensor has an address.
 class Facts {

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu_features.h"
+#include "direct.h"
 #include "ops/ops.h"
 #include "parallel.h"
 #include "program.h"
@@ -41,4 +42,5 @@ PYBIND11_MODULE(_native, m) {
   dsa_rt::bind_linear(m);
   dsa_rt::bind_quantize(m);
   dsa_rt::bind_program(m);
+  dsa_rt::bind_direct(m);
 }

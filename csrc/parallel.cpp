@@ -70,9 +70,9 @@ void parallel_ranges(int64_t total, int64_t grain, int threads, RangeFunction fu
     if (total > 0) function(context, 0, total);
     return;
   }
-  constexpr int pieces_per_thread = 4;  // evens out threads that lose their core for a while
-  const int64_t pieces = int64_t{team} * pieces_per_thread;
-  const int64_t piece = std::max(grain, (total + pieces - 1) / pieces);
+  // Several for each thread even out those that lose their core for a while; as many for one as for another.
+  const int64_t pieces = team * std::clamp<int64_t>(total / (team * grain), 1, 4);
+  const int64_t piece = (total + pieces - 1) / pieces;
   Job job{total, piece, function, context, FloatMode::current()};
   if (const auto openmp = borrowed_openmp()) {
     openmp([](void* data) { static_cast<Job*>(data)->work(); }, &job, static_cast<unsigned>(team), 0);

@@ -9,7 +9,8 @@ namespace dsa_rt {
 using RangeFunction = void (*)(void* context, int64_t begin, int64_t end);
 
 // Calls function(context, begin, end) for pieces that cover [0, total), on at most `threads` threads including this
-// one. Pieces have at least `grain` items; work of a single grain runs here, without any thread.
+// one. Pieces have at least `grain` items, or half as many where each thread gets one; work of a single grain runs here,
+// without any thread.
 void parallel_ranges(int64_t total, int64_t grain, int threads, RangeFunction function, void* context);
 
 template <class Function>

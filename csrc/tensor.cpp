@@ -49,7 +49,12 @@ std::string bracketed(const std::array<int64_t, max_dims>& values, int count) {
   return bracketed(values.data(), static_cast<size_t>(count));
 }
 
-bool is_rest(std::string_view dim) { return dim == "..."; }
+// Equality of names, most of which are one letter.
+bool same(std::string_view a, std::string_view b) {
+  return a.size() == b.size() && a[0] == b[0] && (a.size() == 1 || a == b);
+}
+
+bool is_rest(std::string_view dim) { return same(dim, "..."); }
 bool is_number(std::string_view dim) { return dim[0] >= '0' && dim[0] <= '9'; }
 
 // "B" and whether it may be 1 as well, of "B or 1".
@@ -63,22 +68,50 @@ std::pair<std::string_view, bool> variable_of(std::string_view dim) {
 
 }  // namespace
 
+namespace {
+
+// Python's classes for the errors of this module; made once and never destroyed.
+struct Errors {
+  py::object shape, option, unserved;
+};
+py::gil_safe_call_once_and_store<Errors> errors;
+
+// What is none of them goes on.
+void translate(std::exception_ptr pointer) {
+  try {
+    if (pointer) std::rethrow_exception(pointer);
+  } catch (const Unserved& error) {
+    PyErr_SetString(errors.get_stored().unserved.ptr(), error.what());
+  } catch (const ShapeError& error) {
+    PyErr_SetString(errors.get_stored().shape.ptr(), error.what());
+  } catch (const OptionError& error) {
+    PyErr_SetString(errors.get_stored().option.ptr(), error.what());
+  }
+}
+
+}  // namespace
+
 void register_errors(py::module_& m) {
-  static py::gil_safe_call_once_and_store<std::pair<py::object, py::object>> errors;
-  errors.call_once_and_store_result([] {
+  errors.call_once_and_store_result([&] {
     const auto module = py::module_::import("dsa_rt.errors");
-    return std::pair<py::object, py::object>{module.attr("ShapeError"), module.attr("OptionError")};
+    const py::object option = module.attr("OptionError");
+    return Errors{module.attr("ShapeError"), option, py::exception<Unserved>(m, "Unserved", option)};
   });
-  py::register_exception_translator([](std::exception_ptr pointer) {
-    try {
-      if (pointer) std::rethrow_exception(pointer);
-    } catch (const ShapeError& error) {
-      PyErr_SetString(errors.get_stored().first.ptr(), error.what());
-    } catch (const OptionError& error) {
-      PyErr_SetString(errors.get_stored().second.ptr(), error.what());
-    }
-  });
-  py::register_exception<Unserved>(m, "Unserved", errors.get_stored().second);  // after, as the last one is tried first
+  py::register_exception_translator(translate);
+}
+
+void set_error() {
+  try {
+    translate(std::current_exception());
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
 }
 
 void Signature::fail(const std::string& message) const { throw ShapeError(std::string(op_) + ": " + message); }
@@ -87,16 +120,16 @@ void Signature::fail_unserved(const std::string& why) const {
   throw Unserved(std::string(op_) + ": backend 'native' has no kernel for this: " + why);
 }
 
-const TensorView& Signature::tensor(const char* name, py::handle tensor, std::initializer_list<const char*> dims,
+const TensorView& Signature::tensor(const char* name, py::handle tensor, Names dims,
                                     const DtypeRule& dtypes, Access access) {
   return add(name, tensor, dims, dtypes, access, false);
 }
 
-const TensorView& Signature::host_tensor(const char* name, py::handle tensor, std::initializer_list<const char*> dims) {
+const TensorView& Signature::host_tensor(const char* name, py::handle tensor, Names dims) {
   return add(name, tensor, dims, Dtype::int64, Access::read, true);
 }
 
-const TensorView& Signature::add(const char* name, py::handle tensor, std::initializer_list<const char*> dims,
+const TensorView& Signature::add(const char* name, py::handle tensor, Names dims,
                                  const DtypeRule& dtypes, Access access, bool host) {
   if (!is_tensor(tensor))
     fail(std::string(name) + " is a " + Py_TYPE(tensor.ptr())->tp_name + ", expected a torch.Tensor");
@@ -109,7 +142,7 @@ const TensorView& Signature::add(const char* name, py::handle tensor, std::initi
   const bool rest = is_rest(*(dims.end() - 1));
   if (rest ? facts.dims < dims.size() - 1 : facts.dims != dims.size()) {
     std::string expected;
-    for (const char* dim : dims) expected += (expected.empty() ? "" : ", ") + std::string(dim);
+    for (std::string_view dim : dims) expected += (expected.empty() ? "" : ", ") + std::string(dim);
     fail(std::string(name) + " has shape " + bracketed(facts.shape, facts.dims) + ", expected " +
          std::to_string(dims.size() - rest) + (rest ? " or more" : "") +
          (dims.size() == 1 ? " dimension [" : " dimensions [") + expected + "]");
@@ -160,13 +193,13 @@ void Signature::bind(std::string_view dim, int64_t value, const char* argument) 
 
 const Signature::Dim* Signature::find(std::string_view variable) const {
   for (size_t i = 0; i < dim_count_; ++i)
-    if (dims_[i].variable == variable) return &dims_[i];
+    if (same(dims_[i].variable, variable)) return &dims_[i];
   return nullptr;
 }
 
-int64_t Signature::size(const char* dim) const { return find(dim)->value; }
+int64_t Signature::size(std::string_view dim) const { return find(dim)->value; }
 
-int64_t Signature::size(const char* dim, int64_t unbound) const {
+int64_t Signature::size(std::string_view dim, int64_t unbound) const {
   const Dim* bound = find(dim);
   return bound ? bound->value : unbound;
 }
@@ -182,7 +215,7 @@ void Signature::bind_dtype(const TensorView& view, const DtypeRule& rule, const 
   }
   if (!rule.variable) return;
   for (size_t i = 0; i < dtype_count_; ++i)
-    if (const BoundDtype& bound = dtypes_[i]; !std::strcmp(bound.variable, rule.variable)) {
+    if (const BoundDtype& bound = dtypes_[i]; (bound.variable == rule.variable || !std::strcmp(bound.variable, rule.variable))) {
       if (bound.dtype != view.dtype || (view.dtype == Dtype::other && !bound.object.is(facts.dtype_object)))
         fail(has() + ", expected " + (bound.dtype == Dtype::other ? name_of(bound.object) : name_of(bound.dtype)) +
              " as " + bound.argument);
@@ -192,11 +225,11 @@ void Signature::bind_dtype(const TensorView& view, const DtypeRule& rule, const 
   dtypes_[dtype_count_++] = {rule.variable, view.dtype, facts.dtype_object, view.name};
 }
 
-void Signature::bind_shape(const TensorView& view, const Facts& facts, std::initializer_list<const char*> dims) {
+void Signature::bind_shape(const TensorView& view, const Facts& facts, Names dims) {
   bool agrees = true;
   const size_t bound_before = dim_count_;
   size_t d = 0;
-  for (const char* dim : dims) {
+  for (std::string_view dim : dims) {
     if (is_rest(dim)) {
       const auto *first = facts.shape + d, *last = facts.shape + facts.dims;
       if (!trailing_.argument) trailing_ = {{first, last}, view.name};
@@ -205,7 +238,7 @@ void Signature::bind_shape(const TensorView& view, const Facts& facts, std::init
     }
     const int64_t size = facts.shape[d++];
     if (is_number(dim)) {
-      agrees = agrees && size == std::atoll(dim);
+      agrees = agrees && size == std::atoll(dim.data());
       continue;
     }
     const auto [variable, may_be_one] = variable_of(dim);
@@ -220,13 +253,13 @@ void Signature::bind_shape(const TensorView& view, const Facts& facts, std::init
   fail(std::string(view.name) + " has shape " + bracketed(facts.shape, facts.dims) + ", expected " + expected_shape(dims));
 }
 
-std::string Signature::expected_shape(std::initializer_list<const char*> dims) const {
+std::string Signature::expected_shape(Names dims) const {
   std::vector<std::string> expected;
-  for (const char* dim : dims) {
+  for (std::string_view dim : dims) {
     if (is_rest(dim)) {
       expected.push_back("..." + bracketed(trailing_.shape) + " as in " + trailing_.argument);
     } else if (is_number(dim)) {
-      expected.push_back(dim);
+      expected.emplace_back(dim);
     } else {
       const auto [variable, may_be_one] = variable_of(dim);
       const Dim* bound = find(variable);
@@ -265,9 +298,13 @@ void Signature::check_contiguous(const TensorView& view) const {
 }
 
 bool increasing(const int64_t* rows, int64_t count, int64_t total) {
-  for (int64_t i = 1; i < count; ++i)
-    if (rows[i] <= rows[i - 1]) return false;
-  return !count || (rows[0] >= 0 && rows[count - 1] < total);
+  if (!count) return true;
+  uint64_t signs = static_cast<uint64_t>(rows[0]);  // negative where a row is, or where one is not above the row before
+  for (int64_t i = 1; i < count; ++i) {             // without a branch, for compilers to vectorise
+    const auto row = static_cast<uint64_t>(rows[i]), before = static_cast<uint64_t>(rows[i - 1]);
+    signs |= row | (row - before - 1);
+  }
+  return !(signs >> 63) && rows[count - 1] < total;
 }
 
 void Signature::check_rows(const TensorView& rows, int64_t total, bool distinct) const {

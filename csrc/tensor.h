@@ -41,8 +41,11 @@ struct Unserved : OptionError {
   using OptionError::OptionError;
 };
 void register_errors(py::module_& m);
+// In a catch block: what was thrown becomes Python's error, for functions that pybind11 does not call.
+void set_error();
 
 enum class Access { read, write };
+using Names = std::initializer_list<std::string_view>;  // of dimensions
 
 constexpr int max_dims = 4;
 
@@ -86,17 +89,17 @@ class Signature {
 
   // The view of `tensor` once its type, device, dtype, shape, strides and alignment are as stated. The last dimension
   // must be contiguous; elements of an output must not share memory with each other. The view lives as long as *this.
-  const TensorView& tensor(const char* name, py::handle tensor, std::initializer_list<const char*> dims,
+  const TensorView& tensor(const char* name, py::handle tensor, Names dims,
                            const DtypeRule& dtypes, Access access = Access::read);
 
   // The same for integers that are read on the host and lie there, wherever the other arguments are.
-  const TensorView& host_tensor(const char* name, py::handle tensor, std::initializer_list<const char*> dims);
+  const TensorView& host_tensor(const char* name, py::handle tensor, Names dims);
 
   // Binds a size that follows from others, for arguments to come; `argument` has those others.
-  void derive(const char* dim, int64_t value, const char* argument) { bind(dim, value, argument); }
+  void derive(std::string_view dim, int64_t value, const char* argument) { bind(dim, value, argument); }
 
-  int64_t size(const char* dim) const;
-  int64_t size(const char* dim, int64_t unbound) const;
+  int64_t size(std::string_view dim) const;
+  int64_t size(std::string_view dim, int64_t unbound) const;
   Device device() const { return views_[0].device; }
 
   void check_contiguous(const TensorView& view) const;
@@ -132,12 +135,12 @@ class Signature {
   // Made in place, as an op refers to its views; no op has more. Nothing here is allocated while a call is good.
   static constexpr size_t most_views = 12, most_dims = 12, most_dtypes = 3;
 
-  const TensorView& add(const char* name, py::handle tensor, std::initializer_list<const char*> dims,
+  const TensorView& add(const char* name, py::handle tensor, Names dims,
                         const DtypeRule& dtypes, Access access, bool host);
   void bind(std::string_view dim, int64_t value, const char* argument);
   const Dim* find(std::string_view variable) const;
-  void bind_shape(const TensorView& view, const Facts& facts, std::initializer_list<const char*> dims);
-  std::string expected_shape(std::initializer_list<const char*> dims) const;
+  void bind_shape(const TensorView& view, const Facts& facts, Names dims);
+  std::string expected_shape(Names dims) const;
   void bind_dtype(const TensorView& view, const DtypeRule& rule, const Facts& facts, py::handle tensor);
   void flatten(TensorView& view, const Facts& facts) const;
   void check_memory(const TensorView& view, const Facts& facts) const;

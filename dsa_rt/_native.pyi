@@ -2,13 +2,16 @@
 
 Arguments are torch tensors on one device. ``instruction_set`` (CPU) is for tests: "" takes the best that runs
 here. ``stream`` (CUDA) is the stream's address. Each check_… does the checks of its op alone, for tensors of
-any device. Each direct_… takes the arguments of its op by position, then the number of threads and whether gradients
-are enabled: it runs the op on CPU tensors and returns True, or False where one is of a subclass or wants a gradient.
+any device. Each direct_… takes a backend's name or None, the tensor that decides what serves the call, and the
+arguments of its op as two tuples: it runs the op and returns True, or does nothing and returns False, where native
+kernels are not what serves that tensor, a listener of direct_calls hears, or a tensor is of a subclass or wants a
+gradient.
 """
 
 from collections.abc import Callable
-from typing import TypedDict
+from typing import Any, TypedDict
 
+import torch
 from torch import Tensor
 
 from dsa_rt.errors import OptionError
@@ -25,6 +28,16 @@ class BuildInfo(TypedDict):
     cuda: str
 
 def build_info() -> BuildInfo: ...
+
+def direct_calls(
+    listeners: tuple[Callable[[], object], ...],
+    tables: dict[str, Any],
+    native_first: Callable[[str, torch.dtype, str | None], bool],
+    threads: Callable[[], int],
+    grad_enabled: Callable[[], bool],
+) -> None:
+    """What each direct_… asks: who would miss a call that passes by torch's dispatcher; what serves it, kept while
+    IMPLEMENTATIONS[op] and MEASURED in ``tables`` are the same objects; threads; whether gradients are wanted."""
 
 class Program:
     """Ops on CPU tensors, recorded once and replayed in one call; see dsa_rt.recording."""

@@ -330,13 +330,18 @@ def test_ops(tmp_path: Path) -> None:
     assert len(rows) == 8 and all(row["native_us"] > 0 and row["copy_gb_s"] > 0 for row in rows.values())
     assert rows["renoise, demo chunk, bf16"]["bytes"] == 4 * 108 * 32 * 2
     layers = read(tmp_path, "ops.json")["layers"]
-    assert len(layers) == 14 and layers["qk_norm_rope_store, demo chunk, fp32"]["bytes"] == 6 * 108 * 192 * 4
+    assert len(layers) == 16 and layers["qk_norm_rope_store, demo chunk, fp32"]["bytes"] == 6 * 108 * 192 * 4
     assert all(row["times_as_fast"] == pytest.approx(row["torch_us"] / row["native_us"]) for row in layers.values())
-    pairs = read(tmp_path, "ops.json")["attention"]
-    assert {row["operations"] for row in pairs.values()} == {4 * 3 * 108 * 756 * 64}
+    pool = layers["confidence_pool, demo chunk, fp32"]
+    assert pool["operations"] == 108 * 192 * (2 * 3 + 4)
+    floor = max(1e-3 * pool["bytes"] / pool["copy_gb_s"], 1e-3 * pool["operations"] / pool["product_gflop_s"])
+    assert pool["share_of_floor"] == pytest.approx(floor / pool["native_us"])
+    assert layers["quantize_rows, demo chunk, bf16"]["bytes"] == 108 * (192 * 3 + 3 * 4)
+    pairs = [*read(tmp_path, "ops.json")["attention"].values(), *read(tmp_path, "ops.json")["attention_fp8"].values()]
+    assert len(pairs) == 4 and {row["operations"] for row in pairs} == {4 * 3 * 108 * 756 * 64}
     products = read(tmp_path, "ops.json")["linear"]
     assert {row["operations"] for row in products.values()} == {2 * 48 * 192 * n for n in (192, 512)}
-    for row in (*pairs.values(), *products.values()):
+    for row in (*pairs, *products.values()):
         assert row["times_as_fast"] == pytest.approx(row["torch_us"] / row["native_us"])
 
 

@@ -35,6 +35,7 @@ const cpu::LayerKernels& cpu_kernels(const std::string& instruction_set) {
 constexpr int64_t row_work = 1 << 15;     // elements
 constexpr int64_t weight_work = 1 << 13;  // elements that take an exponential
 constexpr int64_t copy_work = 1 << 20;    // bytes, some 10 µs
+constexpr int64_t brief_copy = 1 << 15;   // bytes, less than 1 µs
 
 int64_t grain_of(int64_t work, int64_t of_one) { return work / std::max<int64_t>(of_one, 1); }
 
@@ -265,6 +266,10 @@ class MoveRows {
 #endif
     static_cast<void>(launch);
     no_kernel(op_);
+  }
+
+  bool brief() const {
+    return op_.device().kind == DeviceKind::cpu && params_.batch * params_.active * params_.row_bytes <= brief_copy;
   }
 
   void read_host() {

@@ -58,7 +58,7 @@ def ran(
 ) -> bool:  # fmt: skip
     """:func:`active_attention` where a kernel takes the call; False where the definition would have to, and nothing is
     run."""
-    return served("active_attention", backend, out, (out, lse, q, k, v), segments)
+    return served("active_attention", backend, out, (out, lse, q, k, v), (segments,))
 
 
 def active_attention_fp8(
@@ -75,7 +75,7 @@ def active_attention_fp8(
     that weight to E4M3: an error beside the result about as large as the one of K and V in E4M3. What is said there of
     bits and of scratch, and the errors, hold here too.
     """
-    if served("active_attention_fp8", backend, out, (out, lse, q, k, v, k_scale, v_scale), segments):
+    if served("active_attention_fp8", backend, out, (out, lse, q, k, v, k_scale, v_scale), (segments,)):
         return
     out.copy_(reference.active_attention_fp8(q, k, v, k_scale, v_scale, segments))
     if lse is not None:

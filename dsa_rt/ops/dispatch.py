@@ -45,12 +45,20 @@ def register(schema: str, scratch: Callable[..., int] | None = None) -> None:
     def fake(*arguments: Any) -> None:
         return None
 
-    _DIRECT[name] = trace.named(name, getattr(native, f"direct_{name}"))
+    _DIRECT[name] = _named_on_cpu(name, getattr(native, f"direct_{name}"))
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, trace.named(name, run_cpu), "CPU")
     if native.build_info()["cuda"]:
         _LIBRARY.impl(name, trace.named(name, run_cuda), "CUDA")
     torch.library.register_fake(f"dsa_rt::{name}", fake, lib=_LIBRARY)
+
+
+def _named_on_cpu(name: str, direct: Callable[..., bool]) -> Callable[..., bool]:
+    """The function in a range of that name; not for tensors elsewhere, whose way has one of its own."""
+    named = trace.named(name, direct)
+    if named is direct:
+        return direct
+    return lambda backend, decides, *call: getattr(decides, "is_cpu", False) and named(backend, decides, *call)
 
 
 def _bringing_scratch(function: Callable[..., None], scratch: Callable[..., int]) -> Callable[..., None]:
@@ -64,46 +72,42 @@ def _bringing_scratch(function: Callable[..., None], scratch: Callable[..., int]
     return run
 
 
-def _direct(
-    op: str, backend: str | None, decides: Tensor, tensors: tuple[Tensor | None, ...], others: tuple[Any, ...]
-) -> bool:
-    """Runs a call of the native CPU kernels without torch's dispatcher, which takes longer than small ops do. False,
-    and nothing done, where another backend serves it, or something sees calls in the dispatcher: tracing by Dynamo or
-    ``torch.jit``, a mode, functorch, a profiler, a subclass, or a gradient that is wanted."""
-    if (
-        is_dynamo_compiling()
-        or _len_torch_dispatch_stack()
-        or _len_torch_function_stack()
-        or _functorch_stack() is not None
-        or _get_tracing_state() is not None
-        or _profiler_enabled()
-        or not isinstance(decides, Tensor)
-        or not decides.is_cpu
-        or "cpu" in backends.MEASURED
-    ):
+def _native_first(op: str, dtype: torch.dtype, backend: str | None) -> bool:
+    """Whether the native CPU kernels serve such tensors, whatever else the arguments are."""
+    if "cpu" in backends.MEASURED:
         return False
     try:
-        first = backends.candidates(op, "cpu", decides.dtype, backend)[0]
+        first = backends.candidates(op, "cpu", dtype, backend)[0]
     except OptionError:  # what is wrong with the tensors comes first
         return False
-    if first.backend != "native" or first.refuses is not None:
-        return False
-    try:
-        return _DIRECT[op](*tensors, *others, get_num_threads(), is_grad_enabled())
-    except native.Unserved:
-        return False
+    return first.backend == "native" and first.refuses is None
+
+
+# What would miss a call that passes by the dispatcher, beside Dynamo's tracing: a mode, functorch, torch.jit's tracing,
+# a profiler. Subclasses and gradients that are wanted are found among the arguments.
+native.direct_calls(
+    listeners=(
+        _len_torch_dispatch_stack, _len_torch_function_stack, _functorch_stack, _get_tracing_state, _profiler_enabled,
+    ),
+    tables=vars(backends), native_first=_native_first, threads=get_num_threads, grad_enabled=is_grad_enabled,
+)  # fmt: skip
 
 
 def served(
-    op: str, backend: str | None, decides: Tensor, tensors: tuple[Tensor | None, ...], *others: Any
+    op: str, backend: str | None, decides: Tensor, tensors: tuple[Tensor | None, ...], others: tuple[Any, ...] = ()
 ) -> bool:
     """Runs the call in the backend of choice; where that is the definition, checks it, for the caller to run.
 
     The choice goes by device and dtype of ``decides``; ``tensors``, all on one device, and ``others``, among which
-    tensors are on the CPU, are in the order of the schema.
+    tensors are on the CPU, are in the order of the schema. Native CPU kernels run without torch's dispatcher, which
+    takes longer than small ops do, unless something listens there.
     """
-    if _direct(op, backend, decides, tensors, others):
-        return True
+    if not is_dynamo_compiling():
+        try:
+            if _DIRECT[op](backend, decides, tensors, others):
+                return True
+        except native.Unserved:
+            pass
     # What is no tensor, or on another device, goes to the check, which says so: the dispatcher would complain
     # in its own words, or take a kernel by one tensor of many.
     uniform = isinstance(decides, Tensor) and all(

@@ -140,6 +140,6 @@ def linear(
     another argument, before anything is written, and :class:`dsa_rt.errors.OptionError` for weights packed for another
     instruction set, an unknown activation, a ``backend`` that cannot serve the call or where a gradient is wanted.
     """
-    if served("linear", backend, weight.weight, (out, x, weight.weight, weight.bias), activation, weight.layout):
+    if served("linear", backend, weight.weight, (out, x, weight.weight, weight.bias), (activation, weight.layout)):
         return
     out.copy_(reference.linear(x, weight.unpacked(), weight.bias, activation))

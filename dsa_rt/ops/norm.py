@@ -33,7 +33,7 @@ def norm_modulate(
 
     out, x [B, A, C]; rows [A] int64 in [0, R), None where both tables have one row.
     """
-    if served("norm_modulate", backend, x, (out, x, shift, scale, rows), eps):
+    if served("norm_modulate", backend, x, (out, x, shift, scale, rows), (eps,)):
         return
     out.copy_(reference.norm_modulate(x, shift, scale, rows, eps))
 
@@ -47,7 +47,7 @@ def residual_norm_modulate(
     sum, out, x, y [B, A, C]; ``sum`` may be ``x`` itself. gate: a table like the others, or None for 1. rows [A] int64
     in [0, R), None where all tables have one row. Wan's affine norm is this with shift = bias and scale = weight - 1.
     """
-    if served("residual_norm_modulate", backend, x, (sum, out, x, y, gate, shift, scale, rows), eps):
+    if served("residual_norm_modulate", backend, x, (sum, out, x, y, gate, shift, scale, rows), (eps,)):
         return
     total, normed = reference.residual_norm_modulate(x, y, gate, shift, scale, rows, eps)
     sum.copy_(total)
@@ -59,6 +59,6 @@ def rms_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float, *, backend: str
 
     out, x [B, A, C]; ``out`` may be ``x`` itself; weight [C] fp32, bf16 or fp16.
     """
-    if served("rms_norm", backend, x, (out, x, weight), eps):
+    if served("rms_norm", backend, x, (out, x, weight), (eps,)):
         return
     out.copy_(reference.rms_norm(x, weight, eps))

@@ -26,6 +26,6 @@ def confidence_pool(
     another argument, before anything is written, and :class:`dsa_rt.errors.OptionError` for a ``backend`` that cannot
     serve the call or where a gradient is wanted.
     """
-    if served("confidence_pool", backend, tokens, (out, query, keys, key_weight, tokens), eps):
+    if served("confidence_pool", backend, tokens, (out, query, keys, key_weight, tokens), (eps,)):
         return
     out.copy_(reference.confidence_pool(query, keys, key_weight, tokens, eps))

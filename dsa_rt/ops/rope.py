@@ -32,7 +32,7 @@ def qk_norm_rope_store(
     ``backend`` that cannot serve the call or where a gradient is wanted.
     """
     tensors = (q_out, k_cache, v_cache, q, k, v, q_weight, k_weight, cos, sin, slots)
-    if served("qk_norm_rope_store", backend, q, tensors, eps):
+    if served("qk_norm_rope_store", backend, q, tensors, (eps,)):
         return
     q, k, v = reference.qk_norm_rope_store(q, k, v, q_weight, k_weight, cos, sin, q_out.shape[2], eps)
     q_out.copy_(q)

@@ -35,7 +35,7 @@ def philox_normal(
     out [B, A, P] fp32, bf16 or fp16; seeds [B] int64; tokens [A] int64, positions in the whole clip; draw 0 to
     2^32 - 1 (0 is the initial noise). bf16 and fp16 are the fp32 value rounded once.
     """
-    if served("philox_normal", backend, out, (out, seeds, tokens), draw):
+    if served("philox_normal", backend, out, (out, seeds, tokens), (draw,)):
         return
     out.copy_(reference.philox_normal(seeds, tokens, out.shape[-1], draw))
 
@@ -60,7 +60,7 @@ def renoise(
     prediction. out, x, x0 [B, A, P] of one dtype, velocity [B, A, P]: fp32, bf16 or fp16; seeds [B],
     tokens [A] int64. ``out`` may be ``x`` or ``velocity`` itself.
     """
-    if served("renoise", backend, x, (out, x0, x, velocity, seeds, tokens), sigma, sigma_next, draw):
+    if served("renoise", backend, x, (out, x0, x, velocity, seeds, tokens), (sigma, sigma_next, draw)):
         return
     noisy, clean = reference.renoise(x, velocity, sigma, sigma_next, seeds, tokens, draw)
     out.copy_(noisy)
@@ -86,7 +86,7 @@ def cached_step(
     caller's to avoid). ``score`` [B, A] fp32 receives the relative change of each fresh row, ‖fresh -
     cached‖₁ / ‖fresh‖₁.
     """
-    if served("cached_step", backend, x, (x, velocity_cache, score, rows, fresh), delta_sigma):
+    if served("cached_step", backend, x, (x, velocity_cache, score, rows, fresh), (delta_sigma,)):
         return
     new_x, new_cache, change = reference.cached_step(x, velocity_cache, rows, fresh, delta_sigma)
     x.copy_(new_x)

@@ -279,8 +279,10 @@ void pool_weights(const ConfidencePoolParams& p, float* scores, int64_t begin, i
   }
 }
 
-// Tokens are summed 128 at a time, then those sums: rounding errors grow with the length of a sum.
-constexpr int64_t pool_tokens_together = 128;
+// Tokens are summed 128 at a time, then those sums: rounding errors grow with the length of a sum. Where tokens lie pages
+// apart and one pass takes all heads, 32: the processor looks up some dozens of pages at once, and those of the next tokens
+// are among them. With more passes the sums of all heads would be read and written too often.
+constexpr int64_t pool_tokens_together = 128, pool_far_tokens_together = 32, pool_far = 2048;  // bytes
 // Channels and heads at a time: two vectors for each of as many heads as the registers hold.
 constexpr int pool_column = 2 * vector_floats, pool_heads_together = vector_floats == 16 ? 12 : 6;
 
@@ -323,7 +325,7 @@ DSA_RT_INLINE void with_count(int64_t n, Body body) {
   body(std::integral_constant<int, most>{});
 }
 
-// 128 tokens of a piece fit L2, and each of their lines is read once for as many heads as there are registers: no copy of
+// The tokens of a piece that are summed together fit L2, and each of their lines is read once for as many heads as there are registers: no copy of
 // them has to be laid out for L1, where they, a few KB apart, would share few sets.
 void pool_tokens(const ConfidencePoolParams& p, const float* weights, int64_t begin, int64_t end) {
   const int64_t width = p.heads * p.dim, pieces = pool_pieces(width);
@@ -331,14 +333,15 @@ void pool_tokens(const ConfidencePoolParams& p, const float* weights, int64_t be
   const int64_t group = (p.heads + passes - 1) / passes;  // 40 heads are 4 times 10, not 12, 12, 12 and 4
   with_type(p.tokens.element, [&](auto type) {
     using T = decltype(type);
+    const bool far = p.tokens.row_stride * static_cast<int64_t>(sizeof(T)) >= pool_far && passes == 1;
+    const int64_t together = far ? pool_far_tokens_together : pool_tokens_together;
     T rest[pool_tokens_together * pool_column];  // the last channels, where they are no whole column
     float sums[pool_heads_together * pool_column];
     for (int64_t i = begin; i < end; ++i) {
       const int64_t batch = i / pieces, start = i % pieces * pool_channels;
       const int64_t channels = width - start < pool_channels ? width - start : pool_channels;
-      for (int64_t first = 0; first < p.active; first += pool_tokens_together) {
-        const int64_t left = p.active - first;
-        const int64_t length = left < pool_tokens_together ? left : pool_tokens_together;
+      for (int64_t first = 0; first < p.active; first += together) {
+        const int64_t left = p.active - first, length = left < together ? left : together;
         for (int64_t c = 0; c < channels; c += pool_column) {
           const T* tokens = row_of<const T>(p.tokens, batch, first) + start + c;
           const int64_t some = channels - c < pool_column ? channels - c : 0;

@@ -102,28 +102,48 @@ DSA_RT_INLINE typename V::Vec activate(Activation activation, typename V::Vec x)
   }
 }
 
-// Columns [first, first + count) of a row of out from their sums.
+// `count` columns of a row of out from their sums.
 template <class V, class T>
-DSA_RT_INLINE void finish(const LinearParams& p, T* out, const float* sums, int64_t first, int64_t count) {
+DSA_RT_INLINE void finish(const LinearParams& p, T* out, const float* sums, const float* bias, int64_t count) {
   for_blocks(count, [&](int64_t i, auto block) {
     Lanes value = load(sums + i, block);
-    if (p.bias) value = value + load(p.bias + first + i, block);
+    if (bias) value = value + load(bias + i, block);
     if (p.activation != Activation::none)
       value = each_part([&](int j) { return (Floats)activate<V>(p.activation, (typename V::Vec)value.part[j]); });
-    store(out + first + i, value, block);
+    store(out + i, value, block);
   });
 }
 
-// sums[row][column] (+)= x·W for up to block_rows rows and one panel, over `steps` steps.
-template <class V, int rows = block_rows, int columns = V::columns>
+// Whether the sums of a panel are whole Lanes, which is how a row is finished.
+template <class V>
+constexpr bool goes_straight = V::columns * V::lanes % Lanes::count == 0;
+
+// A whole panel of a row of out from its sums, which are in registers; no activation.
+template <class V, class T, int columns>
+DSA_RT_INLINE void finish_panel(T* out, const float* bias, const typename V::Vec (&sums)[columns]) {
+  constexpr int together = Lanes::count / V::lanes;
+#pragma GCC unroll 4
+  for (int c = 0; c < columns; c += together) {
+    Lanes value = each_part([&](int i) { return (Floats)sums[c + i]; });
+    if (bias) value = value + load(bias + c * V::lanes, Whole{});
+    store(out + c * V::lanes, value, Whole{});
+  }
+}
+
+// sums[row][column] (+)= x·W for up to block_rows rows and one panel, over `steps` steps. With `out`, rows from the panel's
+// first column on, the sums of a whole panel go straight there.
+template <class V, class T, int rows = block_rows, int columns = V::columns>
 void add_block(float* sums, int64_t sum_step, const typename V::Element* x, int64_t x_step,
-               const typename V::Panel* panel, int64_t steps, bool add, int64_t wanted_rows, int64_t wanted_columns) {
+               const typename V::Panel* panel, int64_t steps, bool add, int64_t wanted_rows, int64_t wanted_columns,
+               T* const* out, const float* bias) {
   if constexpr (rows > 1)
     if (wanted_rows < rows)
-      return add_block<V, rows - 1, columns>(sums, sum_step, x, x_step, panel, steps, add, wanted_rows, wanted_columns);
+      return add_block<V, T, rows - 1, columns>(sums, sum_step, x, x_step, panel, steps, add, wanted_rows,
+                                                wanted_columns, out, bias);
   if constexpr (columns > 1)
     if (wanted_columns < columns)
-      return add_block<V, rows, columns - 1>(sums, sum_step, x, x_step, panel, steps, add, wanted_rows, wanted_columns);
+      return add_block<V, T, rows, columns - 1>(sums, sum_step, x, x_step, panel, steps, add, wanted_rows,
+                                                wanted_columns, nullptr, nullptr);
   typename V::Vec total[rows][columns] = {};
   if (add)
 #pragma GCC unroll 8
@@ -131,6 +151,12 @@ void add_block(float* sums, int64_t sum_step, const typename V::Element* x, int6
 #pragma GCC unroll 8
       for (int c = 0; c < columns; ++c) total[r][c] = V::load(sums + r * sum_step + c * V::lanes);
   multiply<V>(total, x, x_step, panel, steps);
+  if constexpr (goes_straight<V> && columns == V::columns)
+    if (out) {
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) finish_panel<V>(out[r], bias, total[r]);
+      return;
+    }
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
@@ -155,7 +181,7 @@ void with_row_type(Element element, Body body) {
 }
 
 // Rows [first_row, first_row + rows) of batch·active, columns [first_column, first_column + columns).
-template <class V, class X>
+template <class V, class X, class T>
 void run_tile(const LinearParams& p, const LinearWork<V>& w, int64_t first_row, int64_t rows, int64_t first_column,
               int64_t columns) {
   using Element = typename V::Element;
@@ -166,9 +192,12 @@ void run_tile(const LinearParams& p, const LinearWork<V>& w, int64_t first_row, 
   bool in_place = std::is_same_v<X, Element> && std::is_same_v<X, typename V::Weight> && p.k % V::group == 0;
   in_place = in_place && (p.batch == 1 || p.x.batch_stride == p.active * p.x.row_stride);
   const int64_t padded = (columns + V::lanes - 1) / V::lanes * V::lanes, sum_step = padded;
+  const int64_t straight = goes_straight<V> && p.activation == Activation::none ? columns / w.panel * w.panel : 0;
   const auto* panels = static_cast<const typename V::Panel*>(p.weight) + first_column * w.steps;
+  const float* bias = p.bias ? p.bias + first_column : nullptr;
   for (int64_t b = 0; b < w.blocks; ++b) {
     const int64_t first = b * w.block_steps, steps = least(w.block_steps, w.steps - first);
+    const bool last = b + 1 == w.blocks;
     const Element* x = w.x;
     int64_t x_step = w.block_steps * V::group;
     if (in_place) {
@@ -181,18 +210,22 @@ void run_tile(const LinearParams& p, const LinearWork<V>& w, int64_t first_row, 
     for (int64_t r = 0; r < rows; r += block_rows) {
       const int64_t some = least(block_rows, rows - r);
       float* sums = w.blocks > 1 ? w.sums + r * sum_step : w.sums;
+      T* out[block_rows];
+      for (int64_t i = 0; i < some; ++i) {
+        const int64_t row = first_row + r + i;
+        out[i] = row_of<T>(p.out, row / p.active, row % p.active) + first_column;
+      }
       for (int64_t c = 0; c < padded; c += w.panel) {
         const int64_t width = least(w.panel, padded - c);
-        add_block<V>(sums + c, sum_step, x + r * x_step, x_step, panels + c * w.steps + first * width, steps, b > 0,
-                     some, width / V::lanes);
+        T* panel_out[block_rows];
+        for (int64_t i = 0; i < some; ++i) panel_out[i] = out[i] + c;
+        add_block<V, T>(sums + c, sum_step, x + r * x_step, x_step, panels + c * w.steps + first * width, steps, b > 0,
+                        some, width / V::lanes, last && c < straight ? panel_out : nullptr, bias ? bias + c : nullptr);
       }
-      if (b + 1 < w.blocks) continue;
-      for (int64_t i = 0; i < some; ++i)
-        with_row_type<typename V::Weight>(p.out.element, [&](auto type) {
-          const int64_t row = first_row + r + i;
-          finish<V>(p, row_of<decltype(type)>(p.out, row / p.active, row % p.active), sums + i * sum_step, first_column,
-                    columns);
-        });
+      if (last && straight < columns)
+        for (int64_t i = 0; i < some; ++i)
+          finish<V>(p, out[i] + straight, sums + i * sum_step + straight, bias ? bias + straight : nullptr,
+                    columns - straight);
     }
   }
 }
@@ -202,11 +235,13 @@ void run_tiles(const LinearParams& p, LinearTile tile, void* scratch, int64_t be
   const LinearWork<V> work(p, tile, scratch);
   const int64_t all_rows = p.batch * p.active, row_tiles = (all_rows + tile.rows - 1) / tile.rows;
   with_row_type<typename V::Weight>(p.x.element, [&](auto type) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i % row_tiles * tile.rows, column = i / row_tiles * tile.columns;
-      run_tile<V, decltype(type)>(p, work, row, least(tile.rows, all_rows - row), column,
-                                  least(tile.columns, p.n - column));
-    }
+    with_row_type<typename V::Weight>(p.out.element, [&](auto out_type) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t row = i % row_tiles * tile.rows, column = i / row_tiles * tile.columns;
+        run_tile<V, decltype(type), decltype(out_type)>(p, work, row, least(tile.rows, all_rows - row), column,
+                                                        least(tile.columns, p.n - column));
+      }
+    });
   });
 }
 

@@ -15,7 +15,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsa_rt.errors import ShapeError
-from dsa_rt.ops import backend, dispatch, layers, rows
+from dsa_rt.ops import backend, dispatch, layers, rows, step
+
+from .conftest import same_bits
 
 Call = tuple[Tensor, Tensor, Tensor]
 
@@ -91,7 +93,7 @@ def test_what_listens_at_the_dispatcher_sees_the_call(
     out, x, numbers = call
     with watch(seen):
         rows.gather_rows(out, x, numbers)
-    assert not direct and any("gather_rows" in name for name in seen), seen
+    assert direct == [False] and any("gather_rows" in name for name in seen), seen
     assert torch.equal(out, x[:, numbers])
 
 
@@ -128,7 +130,7 @@ def test_a_function_transform_is_refused(call: Call, direct: list[bool]) -> None
     out, x, numbers = call
     with pytest.raises(RuntimeError, match=r"(?i)vmap|batch"):
         torch.vmap(lambda a, b: rows.gather_rows(b, a, numbers))(x[None], out[None].clone())
-    assert not direct and out.isnan().all()
+    assert direct == [False] and out.isnan().all()
 
 
 @pytest.mark.parametrize(("turn", "message"), [(torch.conj, "conjugated"), (lambda x: x.conj().imag, "negated")])
@@ -148,6 +150,23 @@ def test_numbers_without_memory(call: Call) -> None:
     out, _, numbers = call
     with pytest.raises(ShapeError, match="x has no memory, expected numbers that lie in memory as they are"):
         rows.gather_rows(out, torch._efficientzerotensor((2, 9, 3)), numbers)
+
+
+def test_arguments_of_another_type(call: Call) -> None:
+    """No call is made, and nothing of it is kept."""
+    out, x, numbers = call
+    seeds, poisoned = torch.tensor([1, 2]), out.clone()
+    held = [sys.getrefcount(t) for t in (out, x, numbers, seeds)]
+    for draw in ("one", None, 1.5, 2**64):
+        with pytest.raises(TypeError, match=f"philox_normal: an argument is {draw!r}, expected an integer"):
+            step.philox_normal(out, seeds, numbers, draw)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="two tuples of 3 arguments"):
+        dispatch._DIRECT["gather_rows"](None, x, (out, x), ())
+    with pytest.raises(ShapeError, match="gather_rows: rows is a list"):
+        rows.gather_rows(out, x, [0, 1, 2, 3])  # type: ignore[arg-type]
+    assert same_bits(out, poisoned)
+    rows.gather_rows(out, x, numbers)
+    assert [sys.getrefcount(t) for t in (out, x, numbers, seeds)] == held
 
 
 def test_models_ask_for_a_kernel_of_the_table_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

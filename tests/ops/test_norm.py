@@ -30,9 +30,10 @@ def exact(x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor) -> tuple[np.nda
     """The result in fp64, and the size of what was added up in it."""
     with np.errstate(all="ignore"):
         centred = wide(x) - wide(x).mean(-1, keepdims=True)
-        normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + EPS)
-        factor, offset = 1 + of_token(scale, rows), of_token(shift, rows)
-        return normed * factor + offset, abs(normed * factor) + abs(offset) + abs(normed)
+        deviation = np.sqrt((centred**2).mean(-1, keepdims=True) + EPS)
+        normed, factor, offset = centred / deviation, 1 + of_token(scale, rows), of_token(shift, rows)
+        size = abs(wide(x) / deviation * factor) + abs(offset) + abs(normed)  # the mean is rounded, too
+        return normed * factor + offset, abs(normed * factor) + size
 
 
 def near(out: Tensor, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor) -> None:
