@@ -103,7 +103,7 @@ def expected(
             p.fade(top)
         weights = sum(p.weights for p in parts)
         mean = sum(p.total for p in parts) / weights[..., None]
-        slack = sum(p.slack for p in parts) / weights[..., None] + 1.01 * HALF_ULP * abs(mean) + 1e-38
+        slack = sum(p.slack for p in parts) / weights[..., None] + 1.01 * HALF_ULP[torch.bfloat16] * abs(mean) + 1e-38
         result.append(mean.swapaxes(1, 2))
         bound.append(slack.swapaxes(1, 2))
         log_sum.append(top + np.log(weights))

@@ -164,7 +164,7 @@ inline std::function<float(int, int, float)> add_codes(const Product& p, const u
 
 template <bool accumulate, int n>
 void multiply_codes(float (&d)[n], const uint32_t* a, uint64_t b) {
-  ::emulated::model<Products>().issue({d, 2 * n, a, 0, b, accumulate, add_codes});
+  ::emulated::model<Products>().issue({Element::bfloat16, d, 2 * n, a, 0, b, accumulate, add_codes});
 }
 
 }  // namespace dsa_rt::cuda::hopper
