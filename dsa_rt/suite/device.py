@@ -21,7 +21,7 @@ def peaks(device: torch.device, dtype: torch.dtype, *, small: bool = False) -> d
     count = 1 << 16 if small else COPY[device.type]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
-    source = torch.zeros(count, dtype=torch.uint8, device=device)
+    source = torch.ones(count, dtype=torch.uint8, device=device)  # zeros that nobody wrote may be one page of memory
     target = torch.empty_like(source)
     matmul = _best(lambda: torch.matmul(a, b, out=product), device)
     copy = _best(lambda: target.copy_(source), device)
