@@ -13,6 +13,13 @@ from tiny import make_bundle
 from dsa_rt.runtime import Runtime, load
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where files run side by side, those with slow tests begin first, so that none of them is alone at the end."""
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """Tiny tensors: more threads cost time, and the machine may be shared."""

@@ -10,7 +10,7 @@
 
 #include <math.h>
 
-#include "lanes.h"
+#include "elements.h"
 #include "layers.h"
 #include "move_row.h"
 #include "rows.h"

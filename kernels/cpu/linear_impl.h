@@ -14,7 +14,7 @@
 
 #include <type_traits>
 
-#include "lanes.h"
+#include "elements.h"
 #include "linear.h"
 #include "multiply.h"
 #include "rows.h"

@@ -8,7 +8,7 @@
 #include <math.h>
 
 #include "float8.h"
-#include "lanes.h"
+#include "elements.h"
 #include "quantize.h"
 #include "rows.h"
 

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "../philox.h"
-#include "lanes.h"
+#include "elements.h"
 #include "rows.h"
 #include "step.h"
 

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsa_rt.errors import ShapeError
-from dsa_rt.ops.backend import IMPLEMENTATIONS, native
+from dsa_rt.ops.backend import IMPLEMENTATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "gpu.sh"
@@ -102,23 +101,10 @@ def test_a_stage_that_fails_does_not_stop_the_next(tools: Tools) -> None:
         assert line in tools.summary()
 
 
-def takes_fp16() -> bool:
-    x = torch.empty(1, 1, 2, dtype=torch.float16)
-    try:
-        native.check_rms_norm(x, x.clone(), torch.ones(2), 1e-6)
-    except ShapeError:
-        return False
-    return True
-
-
-needs_fp16 = pytest.mark.skipif(not takes_fp16(), reason="the native module takes no fp16")
-
-
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-@needs_fp16
 def test_every_op_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     from bench.gpu.cases import OPS
@@ -161,7 +147,6 @@ def test_ops(tmp_path: Path) -> None:
     assert table.read_text() == (ROOT / "dsa_rt" / "ops" / "choices.json").read_text()
 
 
-@needs_fp16
 def test_one_size_is_measured_in_fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     from bench.gpu import ops

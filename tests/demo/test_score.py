@@ -43,6 +43,7 @@ def without_objects(frames: Frames) -> Frames:
     return np.broadcast_to(frames[:, :1, :1], frames.shape).copy()
 
 
+@pytest.mark.slow
 def test_the_worlds_own_clips_score_right_clean_and_softened() -> None:
     """212 clips: every shape x motion x ground alone, and random scenes of two; 99% of attributes right."""
     source = fresh()

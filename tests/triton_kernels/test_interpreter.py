@@ -42,6 +42,7 @@ def results() -> Mapping[str, dict[str, float] | str]:
     return json.loads(ran.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow  # the fixture
 def test_every_case_ran(results: Mapping[str, object]) -> None:
     assert sorted(results) == sorted(case.id for case in CASES)
     assert {case.op for case in CASES} == {name for name in FAMILIES if not name.endswith("_scratch")}
