@@ -66,10 +66,6 @@ std::pair<std::string_view, bool> variable_of(std::string_view dim) {
   return {dim, may_be_one};
 }
 
-}  // namespace
-
-namespace {
-
 // Python's classes for the errors of this module; made once and never destroyed.
 struct Errors {
   py::object shape, option, unserved;

@@ -325,8 +325,8 @@ DSA_RT_INLINE void with_count(int64_t n, Body body) {
   body(std::integral_constant<int, most>{});
 }
 
-// The tokens of a piece that are summed together fit L2, and each of their lines is read once for as many heads as there are registers: no copy of
-// them has to be laid out for L1, where they, a few KB apart, would share few sets.
+// The tokens of a piece that are summed together fit L2, and each of their lines is read once for as many heads as there
+// are registers: no copy of them has to be laid out for L1, where they, a few KB apart, would share few sets.
 void pool_tokens(const ConfidencePoolParams& p, const float* weights, int64_t begin, int64_t end) {
   const int64_t width = p.heads * p.dim, pieces = pool_pieces(width);
   const int64_t passes = (p.heads + pool_heads_together - 1) / pool_heads_together;
